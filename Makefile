@@ -1,0 +1,79 @@
+# `make demo` and `make test` set up .venv themselves and do it once; `make help` lists the rest.
+
+PYTHON ?= python3.11
+ifndef LOCK
+LOCK := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := $(VENV)/.packages-$(LOCK)
+PROJECT := $(VENV)/.project
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --no-compile
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+
+# A set-up counts if it was finished, in this folder, and its Python still runs.
+ifneq ($(shell $(BIN)/python -c 'print(open("$(PACKAGES)").read())' 2>/dev/null),$(CURDIR))
+.PHONY: $(PACKAGES)
+endif
+
+.PHONY: help demo test lint setup clean java
+.NOTPARALLEL:
+
+help:
+	@echo "make demo   set up, then run the whole pipeline on made-up data (negrec demo)"
+	@echo "make test   set up, then run the linters, the type checker and all tests"
+	@echo "make lint   the linters and the type checker alone"
+	@echo "make setup  the environment alone: $(VENV), from conf/lock/$(LOCK).txt"
+	@echo "make clean  remove the environment and caches"
+	@echo "LOCK=cpu or LOCK=gpu chooses the packages (default: gpu where nvidia-smi works)"
+	@echo "PYTHON=/path/to/python3.11 chooses the Python"
+
+demo: java setup
+	@$(BIN)/negrec demo
+
+test: java lint
+	$(BIN)/python -m pytest --durations=15
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(PROJECT)
+
+# Spark needs Java 17 or newer with the vector module, which some cut-down runtimes lack.
+java:
+	@version=$$("$${JAVA_HOME:+$$JAVA_HOME/bin/}java" --add-modules=jdk.incubator.vector -version 2>&1 \
+	  | sed -n 's/.* version "\([0-9]*\).*/\1/p'); \
+	if [ "$${version:-0}" -lt 17 ]; then \
+	  echo "negrec: Spark needs Java 17 or newer (with jdk.incubator.vector):" \
+	    "apt-get install openjdk-17-jre-headless" >&2; exit 1; \
+	fi
+
+# PyTorch's own index is asked only for torch, and only where the configured ones do not have its
+# CPU build. Bytecode is compiled at the end, on all cores and whatever PYTHONDONTWRITEBYTECODE says:
+# without it vllm imports three times slower. Some packages carry files for newer Pythons, so
+# failures of that step mean nothing.
+$(PACKAGES): conf/lock/$(LOCK).txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "negrec: '$(PYTHON)' is no Python 3.11: apt-get install python3.11-venv," \
+	    "or name one with PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "negrec: installing the packages of $< into $(VENV), once (2 to 5 minutes)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) $$(grep '^setuptools==' $<)
+ifeq ($(LOCK),cpu)
+	@torch=$$(grep '^torch==' $<); \
+	$(PIP) $$torch 2>/dev/null || $(PIP) --extra-index-url $(TORCH_CPU) $$torch
+endif
+	@$(PIP) --no-build-isolation -r $<
+	@$(BIN)/python -m compileall -qq -j0 $(VENV)/lib >/dev/null 2>&1 || true
+	@echo '$(CURDIR)' > $@
+
+$(PROJECT): $(PACKAGES) pyproject.toml
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

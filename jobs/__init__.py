@@ -1,0 +1,1 @@
+"""Spark stages and the command line."""

@@ -1,0 +1,223 @@
+"""Stage `block_score`: fit the block score and its threshold on held-back feedback (DESIGN section 8).
+
+Users that no model was trained on are put back to an earlier anchor; the generator predicts for them
+from what was known then, and what they did next is what the score is fitted to.
+"""
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.anchors import before, held_out, last_dislike_anchors, visible
+from jobs.context import JobContext, log
+from jobs.generation import generate, generation_task
+from jobs.item_rate import item_rate
+from jobs.user_context import user_context
+from negrec_core.block_score import FEATURES, BlockScore, curve, features, sigmoid, threshold_at
+from negrec_core.codebook import Codebook
+from negrec_core.config import CalibrationConfig
+from negrec_core.errors import InputError
+from negrec_core.generator import CODEBOOK, GENERATOR, Generator, open_generator
+from negrec_core.schemas import BLOCK_SCORE
+from negrec_core.semantic_ids import load_semantic_ids
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+_CURVE_SHARES = np.array([0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5])
+_LEAST = 20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Held-back feedback with the features it had at its anchor.
+
+    Attributes:
+        features: float64 [n, F].
+        disliked: bool [n].
+        n_users: users among the rows.
+        prior_log_odds: of dislike against like over all feedback before the anchors.
+    """
+
+    features: np.ndarray
+    disliked: np.ndarray
+    n_users: int
+    prior_log_odds: float
+
+
+def calibration_anchors(ctx: JobContext, feedback: "DataFrame") -> "DataFrame":
+    """(user_id, anchor_time) from which the held-out users' next days are predicted.
+
+    Daily: one anchor for all, `calibration.days` before the end of `ds`. Explicit: the held-out users'
+    last stretch with a dislike before their own anchor.
+    """
+    from pyspark.sql import functions as F
+
+    settings = ctx.config.calibration
+    if ctx.config.anchors == "end_of_day":
+        anchor = ctx.anchor - dt.timedelta(days=settings.days)
+        return feedback.select("user_id").distinct().withColumn("anchor_time", F.lit(anchor))
+    chosen = feedback.where(held_out(F.col("user_id"), settings.held_out_share))
+    return last_dislike_anchors(chosen, settings.days)
+
+
+def collect_calibration(ctx: JobContext, feedback: "DataFrame", generator: Generator) -> Calibration:
+    """Predict for the held-out users at their calibration anchors and look at what came after."""
+    from pyspark.sql import functions as F
+
+    settings = ctx.config.calibration
+    anchors = calibration_anchors(ctx, feedback).persist()
+    past = before(feedback, anchors).persist()
+    chosen = (
+        anchors.where(held_out(F.col("user_id"), settings.held_out_share))
+        .orderBy(F.xxhash64("user_id"))
+        .limit(settings.max_users)
+        .persist()
+    )
+    contexts = user_context(past, chosen, ctx.config.context, ctx.config.window_days).persist()
+    task = generation_task(ctx.store, generator, ctx.ds, ctx.config.generation)
+    predictions = generate(contexts, task).toArrow()
+    labels = (
+        feedback.join(chosen, "user_id")
+        .where(F.col("event_time") > F.col("anchor_time"))
+        .groupBy("user_id", "item_id")
+        .agg(F.min("polarity").alias("polarity"))
+        .toArrow()
+    )
+    rates = item_rate(past, settings.rate_pseudo_events).select("item_id", "log_odds").toArrow()
+    counts = contexts.select("user_id", "n_negatives", "n_positives").toArrow()
+    total = past.groupBy("polarity").count().toArrow().to_pylist()
+    for frame in (anchors, past, chosen, contexts):
+        frame.unpersist()
+    ids = load_semantic_ids(ctx.store, task.codebook_version, ctx.ds, task.ids_version)
+    events = {row["polarity"]: row["count"] for row in total}
+    prior = float(np.log((events.get(-1, 0) + 1) / (events.get(1, 0) + 1)))
+    blank = BlockScore(np.zeros(len(FEATURES)), 0.0, 1.0, prior, settings.rate_pseudo_events)
+    return _features_of(labels, predictions, rates, counts, ids.codes, ids.index, generator.codebook, blank)
+
+
+def _features_of(
+    labels: pa.Table,
+    predictions: pa.Table,
+    rates: pa.Table,
+    counts: pa.Table,
+    codes: np.ndarray,
+    index: dict[str, int],
+    codebook: Codebook,
+    score: BlockScore,
+) -> Calibration:
+    unit = np.vstack([codebook.unit(codes), np.zeros((1, codebook.dim), np.float32)])
+    log_odds = dict(zip(rates["item_id"].to_pylist(), rates["log_odds"].to_pylist(), strict=True))
+    users = {
+        user: (negatives, positives)
+        for user, negatives, positives in zip(*(c.to_pylist() for c in counts.columns), strict=True)
+    }
+    predictions = predictions.sort_by([("user_id", "ascending"), ("rank", "ascending")])
+    entries = _by_user(predictions)
+    predicted = np.array(predictions["codes"].to_pylist(), np.int32).reshape(-1, codes.shape[1])
+    entry_unit = codebook.unit(predicted) if len(predicted) else np.zeros((0, codebook.dim))
+    entry_log_prob = predictions["log_prob"].to_numpy().astype(np.float64)
+    labels = labels.sort_by("user_id")
+    rows, disliked = [], []
+    for user, span in _by_user(labels).items():
+        items = labels["item_id"].slice(span.start, span.stop - span.start).to_pylist()
+        own = entries.get(user, slice(0, 0))
+        negatives, positives = users.get(user, (0, 0))
+        rows.append(
+            features(
+                unit[[index.get(item, -1) for item in items]],
+                entry_unit[own],
+                entry_log_prob[own],
+                np.array([log_odds.get(item, score.prior_log_odds) for item in items]),
+                float(score.user_log_odds(np.array(negatives), np.array(positives))),
+            )
+        )
+        disliked += labels["polarity"].slice(span.start, span.stop - span.start).to_pylist()
+    matrix = np.concatenate(rows) if rows else np.zeros((0, len(FEATURES)))
+    return Calibration(matrix, np.array(disliked) == -1, len(rows), score.prior_log_odds)
+
+
+def _by_user(rows: pa.Table) -> dict[str, slice]:
+    """Row range of each user in a table sorted by user."""
+    users = rows["user_id"].to_pylist()
+    starts = [n for n, user in enumerate(users) if n == 0 or users[n - 1] != user]
+    return {
+        users[start]: slice(start, stop)
+        for start, stop in zip(starts, [*starts[1:], len(users)], strict=True)
+    }
+
+
+def fit(calibration: Calibration, settings: CalibrationConfig) -> BlockScore:
+    """Logistic regression of disliked against liked, then the threshold.
+
+    Raises:
+        InputError: too little held-back feedback to calibrate on.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    n_dislikes = int(calibration.disliked.sum())
+    n_likes = len(calibration.disliked) - n_dislikes
+    if min(n_dislikes, n_likes) < _LEAST:
+        raise InputError(
+            f"block_score: {n_dislikes} dislikes and {n_likes} likes of held-out users in the"
+            f" calibration days, at least {_LEAST} of each are needed; raise"
+            " calibration.held_out_share or calibration.days"
+        )
+    # Standardised, so that the mild ridge penalty treats all features alike.
+    mean, spread = calibration.features.mean(0), calibration.features.std(0)
+    spread[spread == 0] = 1.0
+    model = LogisticRegression(C=1.0, max_iter=1000)
+    model.fit((calibration.features - mean) / spread, calibration.disliked)
+    coefficients = model.coef_[0] / spread
+    intercept = float(model.intercept_[0] - coefficients @ mean)
+    scores = sigmoid(calibration.features @ coefficients + intercept)
+    return BlockScore(
+        coefficients,
+        intercept,
+        threshold_at(scores[~calibration.disliked], settings.max_likes_blocked),
+        calibration.prior_log_odds,
+        settings.rate_pseudo_events,
+    )
+
+
+def run(ctx: JobContext) -> None:
+    generator = open_generator(ctx.warehouse.models, ctx.ds)
+    ctx.use_model(GENERATOR, generator.manifest.version)
+    ctx.use_model(CODEBOOK, generator.codebook_manifest.version)
+    ctx.require("item_semantic_id", [ctx.ds])
+    ctx.read("item_semantic_id", [ctx.ds])
+    feedback = visible(ctx, ctx.read_window("feedback"))
+    calibration = collect_calibration(ctx, feedback, generator)
+    score = fit(calibration, ctx.config.calibration)
+    scores = score.score(calibration.features)
+    liked, disliked = scores[~calibration.disliked], scores[calibration.disliked]
+    points = curve(liked, disliked, _CURVE_SHARES)
+    row = {
+        "features": list(FEATURES),
+        "coefficients": score.coefficients.tolist(),
+        "intercept": score.intercept,
+        "threshold": score.threshold,
+        "likes_blocked": float(np.mean(liked >= score.threshold)),
+        "dislikes_blocked": float(np.mean(disliked >= score.threshold)),
+        "curve": [vars(point) for point in points],
+        "prior_log_odds": score.prior_log_odds,
+        "pseudo_events": score.pseudo_events,
+        "n_users": calibration.n_users,
+        "n_likes": len(liked),
+        "n_dislikes": len(disliked),
+        "ds": ctx.ds,
+    }
+    ctx.write_arrow("block_score", pa.Table.from_pylist([row], BLOCK_SCORE.schema))
+    log.info(
+        "block_score: %d likes and %d dislikes of %d users; threshold %.3f blocks %.1f%% of the"
+        " dislikes and %.1f%% of the likes",
+        row["n_likes"],
+        row["n_dislikes"],
+        row["n_users"],
+        row["threshold"],
+        100 * row["dislikes_blocked"],
+        100 * row["likes_blocked"],
+    )

@@ -1,0 +1,383 @@
+"""The `negrec` command."""
+
+import datetime as dt
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs import views
+from jobs.console import console, errors, reporting, set_up_logging
+from jobs.context import JobContext, Warehouse
+from jobs.pipeline import DAILY_STAGES, DATA_STAGES, run_day, run_range, run_stage
+from negrec_core.config import load_config
+from negrec_core.errors import ConfigError, NegrecError
+from negrec_core.mapping import load_mapping
+from negrec_core.resources import resource
+
+_EXIT_CODES = """
+Exit codes: 0 done; 1 unexpected failure; 2 wrong setting or argument; 3 unusable input data;
+4 something needed is missing; 5 another writer was first; 6 damaged or mismatched model;
+7 a check before publishing failed.
+"""
+
+app = typer.Typer(
+    name="negrec",
+    help="Predict the items each user will reject, and publish them as a block list.",
+    epilog=_EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+imports = typer.Typer(help="Bring a site's log into the warehouse.", no_args_is_help=True)
+train = typer.Typer(help="Train the models that the pipeline uses.", no_args_is_help=True)
+app.add_typer(imports, name="import")
+app.add_typer(train, name="train")
+
+
+@dataclass
+class _Settings:
+    warehouse: Path
+    config: list[str]
+    settings: list[str]
+
+    def open(self, create: bool = False) -> Warehouse:
+        warehouse = Warehouse(self.warehouse, load_config(self.config, self.settings))
+        if create:
+            warehouse.store.create_tables()
+        return warehouse
+
+
+@app.callback()
+def main_options(
+    ctx: typer.Context,
+    warehouse: Annotated[
+        Path, typer.Option(envvar="NEGREC_WAREHOUSE", help="Folder of tables and models.")
+    ] = Path("warehouse"),
+    config: Annotated[
+        str,
+        typer.Option(
+            envvar="NEGREC_CONFIG",
+            help="Overlays of conf/base.yaml: names in conf/ or files, by comma.",
+        ),
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override one setting, as a.b=value; may be repeated."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
+) -> None:
+    """Options that every command takes."""
+    set_up_logging(verbose)
+    overlays = [name for name in config.split(",") if name]
+    ctx.obj = _Settings(warehouse, overlays, set_ or [])
+
+
+Day = Annotated[str, typer.Option("--ds", help="Log date, as 2026-01-31.", metavar="DAY")]
+Until = Annotated[str, typer.Option("--until", help="Last log date that may be learned from.", metavar="DAY")]
+Start = Annotated[str | None, typer.Option("--start", help="First log date.", metavar="DAY")]
+End = Annotated[str | None, typer.Option("--end", help="Last log date.", metavar="DAY")]
+Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
+Force = Annotated[bool, typer.Option("--force", help="Make a new revision of what is there already.")]
+
+
+@imports.command("log")
+def import_own_log(
+    ctx: typer.Context,
+    source: Annotated[Path, typer.Argument(help="Folder with the files.")],
+    mapping: Annotated[Path, typer.Option(help="YAML file; see conf/datasets/demo.yaml.")],
+    start: Start = None,
+    end: End = None,
+) -> None:
+    """Import any log of CSV, JSON lines or Parquet files by a mapping.
+
+    Whole days are replaced: importing a day again replaces that day. With --start and --end, events of
+    other days are left alone.
+    """
+    _import(ctx, source, mapping, start, end)
+
+
+def _named_import(name: str, about: str) -> None:
+    @imports.command(name, help=f"{about} Its mapping is conf/datasets/{name}.yaml.")
+    def command(
+        ctx: typer.Context,
+        source: Annotated[Path, typer.Argument(help="Folder with the published files.")],
+        start: Start = None,
+        end: End = None,
+    ) -> None:
+        _import(ctx, source, resource("conf", "datasets", f"{name}.yaml"), start, end)
+
+
+_named_import("kuairand", "Import KuaiRand short-video logs.")
+_named_import("movielens", "Import MovieLens ratings: latest-small, 1M or 100K.")
+_named_import("steam", "Import Steam reviews.")
+_named_import("demo", "Import the world that `negrec world` makes.")
+
+
+def _import(ctx: typer.Context, source: Path, mapping: Path, start: str | None, end: str | None) -> None:
+    from jobs.import_log import import_log
+
+    read = load_mapping(mapping)
+    first, last = (None if day is None else _day(day) for day in (start, end))
+    summary = import_log(ctx.obj.open(create=True), source, read, first, last)
+    views.show_import(summary)
+
+
+@app.command()
+def world(
+    out: Annotated[Path, typer.Argument(help="New or empty folder for the files.")],
+    users: Annotated[int, typer.Option(help="Number of users.")] = 3000,
+    items: Annotated[int, typer.Option(help="Number of items.")] = 1500,
+    days: Annotated[int, typer.Option(help="Days of log.")] = 35,
+    seed: Seed = 7,
+) -> None:
+    """Generate a world to try negrec on: users with tastes, items, and a recommender's log."""
+    from jobs.world import WorldSettings, generate
+
+    with reporting() as reporter:
+        settings = WorldSettings(users=users, items=items, days=days, seed=seed)
+        summary = generate(settings, out, reporter.stage("world", ""))
+    console.print(
+        f"{summary.users} users, {summary.items} items, {summary.shows} exposures,"
+        f" {summary.rejections + summary.other_reasons} rejections over {summary.days} days in {out}"
+    )
+
+
+@app.command()
+def anchors(ctx: typer.Context, ds: Day, force: Force = False) -> None:
+    """Choose one anchor per user: just before the last week that holds a dislike.
+
+    For logs whose users come in bursts years apart (set anchors=explicit). Runs `feedback` first.
+    """
+    warehouse = ctx.obj.open()
+    with reporting() as reporter:
+        results = run_day(warehouse, _iso(ds), ["feedback"], False, reporter)
+        results += run_day(warehouse, _iso(ds), ["anchor"], force, reporter)
+    views.show_results(results)
+
+
+@train.command("codebook")
+def train_codebook(ctx: typer.Context, until: Until, seed: Seed = 7) -> None:
+    """Train the codebook of semantic IDs on the items known on a log date."""
+    from train.codebook import train_codebook as fit
+
+    warehouse = ctx.obj.open()
+    with reporting() as reporter:
+        manifest = fit(
+            warehouse.store,
+            warehouse.models,
+            warehouse.config,
+            _iso(until),
+            seed=seed,
+            progress=reporter.stage("codebook", until),
+        )
+    views.show_manifest(manifest)
+
+
+@train.command("generator")
+def train_generator(
+    ctx: typer.Context,
+    until: Until,
+    model: Annotated[
+        str | None, typer.Option(help="Preset in conf/models, instead of the configured one.")
+    ] = None,
+    seed: Seed = 7,
+) -> None:
+    """Fine-tune a language model to write a user's next dislike as a semantic ID.
+
+    Builds the samples (`training_next_negative`) of the log date and the items' semantic IDs first.
+    """
+    from train.generator import train_generator as fit
+
+    settings: _Settings = ctx.obj
+    if model:
+        settings = _Settings(
+            settings.warehouse, settings.config, [*settings.settings, f"generator.preset={model}"]
+        )
+    warehouse, day = settings.open(), _iso(until)
+    with reporting() as reporter:
+        for stage in ("item_semantic_id", "training_next_negative"):
+            revision = warehouse.store.revision(stage, day) + 1
+            run_stage(stage, JobContext(warehouse, day, revision, reporter.stage(stage, day)))
+        manifest = fit(
+            warehouse.store,
+            warehouse.models,
+            warehouse.config,
+            day,
+            seed=seed,
+            progress=reporter.stage("generator", day),
+        )
+    views.show_manifest(manifest)
+
+
+_DAILY, _DATA = ",".join(DAILY_STAGES), ",".join(DATA_STAGES)
+Stages = Annotated[str, typer.Option(help=f"By comma, of: {', '.join(DAILY_STAGES)}.", metavar="STAGES")]
+
+
+@app.command()
+def run(ctx: typer.Context, ds: Day, stages: Stages = _DAILY, force: Force = False) -> None:
+    """Run the daily pipeline for one log date, up to a published block list."""
+    warehouse = ctx.obj.open()
+    with reporting() as reporter:
+        results = run_day(warehouse, _iso(ds), stages.split(","), force, reporter)
+    views.show_results(results)
+
+
+@app.command()
+def backfill(
+    ctx: typer.Context,
+    start: Annotated[str, typer.Option(help="First log date.", metavar="DAY")],
+    end: Annotated[str, typer.Option(help="Last log date.", metavar="DAY")],
+    stages: Stages = _DATA,
+    force: Force = False,
+) -> None:
+    """Run stages for a range of log dates, oldest first. Default: the stages that need no model."""
+    from negrec_core.delta import day_range
+
+    days = day_range(_day(start), _day(end))
+    if not days:
+        raise ConfigError(f"--start {start} is after --end {end}")
+    warehouse = ctx.obj.open()
+    with reporting() as reporter:
+        results = run_range(warehouse, days, stages.split(","), force, reporter)
+    views.show_results(results)
+
+
+@app.command()
+def evaluate(
+    ctx: typer.Context,
+    ds: Day,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
+    seed: Seed = 7,
+) -> None:
+    """Compare the list of a log date with what users did in the days after, and with simple rules."""
+    from train.evaluate import evaluate as figures
+
+    warehouse = ctx.obj.open()
+    views.show_evaluation(figures(warehouse.root, warehouse.config, _iso(ds), seed=seed), out)
+
+
+@app.command()
+def status(ctx: typer.Context) -> None:
+    """Show which tables hold which days at which revision, and which models there are."""
+    views.show_status(ctx.obj.open())
+
+
+On = Annotated[
+    str | None,
+    typer.Option("--on", help="Day to ask for; default: that of the newest list.", metavar="DAY"),
+]
+
+
+@app.command()
+def inspect(
+    ctx: typer.Context,
+    user: Annotated[str, typer.Argument(help="User id.")],
+    on: On = None,
+) -> None:
+    """Show one user: what was disliked and liked, what is predicted and why, what happened next."""
+    views.show_user(ctx.obj.open(), user, on if on is None else _iso(on))
+
+
+@app.command("filter")
+def filter_items(
+    ctx: typer.Context,
+    user: Annotated[str, typer.Argument(help="User id.")],
+    items: Annotated[list[str], typer.Argument(help="Item ids, in page order.")],
+    on: On = None,
+) -> None:
+    """Filter a page as the ranking service would, and say why."""
+    views.show_filter(ctx.obj.open(), user, items, on if on is None else _iso(on))
+
+
+@app.command("config")
+def show_config(ctx: typer.Context) -> None:
+    """Print every setting with its value and meaning."""
+    views.show_config(load_config(ctx.obj.config, ctx.obj.settings))
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    users: Annotated[int, typer.Option(help="Number of users.")] = 3000,
+    seed: Seed = 7,
+) -> None:
+    """Make a world, import it, train, run the pipeline, and compare with the week that follows.
+
+    Works in the folder `demo` of the warehouse, anew each time, by the commands that it prints.
+    """
+    from jobs.world import WorldSettings
+
+    given: _Settings = ctx.obj
+    root = given.warehouse / "demo"
+    marker = root / ".negrec-demo"
+    if root.exists() and not marker.exists():
+        raise ConfigError(f"{root} exists and is not a demo of negrec; give another --warehouse")
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    marker.touch()
+    ctx.obj = _Settings(root, ["demo", *given.config], given.settings)
+    shown = WorldSettings(users=users, seed=seed)
+    last = shown.start + dt.timedelta(days=shown.days - 1)
+    ds = (last - dt.timedelta(days=7)).isoformat()
+    week_before = (last - dt.timedelta(days=14)).isoformat()
+    begin = time.monotonic()
+
+    def step(line: str, command: Callable[..., None], *arguments: object, **options: object) -> None:
+        console.print(f"\n[{time.monotonic() - begin:4.0f} s] $ negrec {line}", markup=False, style="bold")
+        command(*arguments, **options)
+
+    log = root / "log"
+    step(f"world {log} --users {users} --seed {seed}", world, log, users=users, seed=seed)
+    mapping = resource("conf", "datasets", "demo.yaml")
+    step(f"import demo {log}", _import, ctx, log, mapping, None, None)
+    span = {"start": shown.start.isoformat(), "end": last.isoformat()}
+    step(
+        f"backfill --start {span['start']} --end {span['end']} --stages feedback",
+        backfill,
+        ctx,
+        **span,
+        stages="feedback",
+    )
+    step(f"run --ds {week_before} --stages item_graph", run, ctx, week_before, "item_graph")
+    step(f"train codebook --until {ds}", train_codebook, ctx, ds, seed)
+    step(f"train generator --until {ds}", train_generator, ctx, ds, None, seed)
+    step(f"run --ds {ds}", run, ctx, ds)
+    step(f"evaluate --ds {ds}", evaluate, ctx, ds, root / "evaluation.json", seed)
+    for user in views.users_to_show(ctx.obj.open()):
+        step(f"inspect {user}", inspect, ctx, user)
+    console.print(
+        f"\nthe block list is the Delta table {root / 'tables' / 'block_list'}; look around with"
+        f" `negrec --warehouse {root} --config demo status`",
+        soft_wrap=True,
+    )
+
+
+def _day(text: str) -> dt.date:
+    try:
+        return dt.date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{text}: not a day, write it as 2026-01-31") from None
+
+
+def _iso(text: str) -> str:
+    return _day(text).isoformat()
+
+
+def main() -> None:
+    """Entry point: expected failures end with one line and their exit code."""
+    try:
+        app()
+    except NegrecError as error:
+        errors.print(f"negrec: {error}", style="bold red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

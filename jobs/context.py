@@ -1,0 +1,227 @@
+"""The job context: all that a stage reads and writes goes through it.
+
+A `Warehouse` is opened once per command; a `JobContext` is one stage on one day. The Spark session
+starts at its first use, so that a command with nothing to do never starts it.
+"""
+
+import datetime as dt
+import functools
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import negrec_core
+from jobs.spark import open_session
+from negrec_core.config import Config
+from negrec_core.delta import DeltaStore, Provenance
+from negrec_core.errors import InputError
+from negrec_core.progress import Progress, silent
+from negrec_core.resources import resource
+from negrec_core.schemas import TABLES
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql.types import StructType
+
+log = logging.getLogger("negrec")
+
+
+class Warehouse:
+    """Tables, models and configuration of one site, and the Spark session that works on them."""
+
+    def __init__(self, root: Path, config: Config) -> None:
+        self.root = root.absolute()
+        self.models = self.root / "models"
+        self.config = config
+        self.store = DeltaStore(root)
+
+    @functools.cached_property
+    def spark(self) -> "SparkSession":
+        return open_session(self.config.spark, self.config.timezone, sys.stderr.isatty())
+
+
+class JobContext:
+    """One stage on one log date: remembers what was read and records it in the commit.
+
+    Attributes:
+        warehouse: where tables and models are.
+        ds: the log date, ISO.
+        revision: revision of the partition that this run writes.
+        progress: told (parts done, parts in all) by stages that take long.
+    """
+
+    def __init__(
+        self,
+        warehouse: Warehouse,
+        ds: str,
+        revision: int = 1,
+        progress: Progress = silent,
+    ) -> None:
+        self.warehouse = warehouse
+        self.config = warehouse.config
+        self.store = warehouse.store
+        self.ds = ds
+        self.revision = revision
+        self.progress = progress
+        self._inputs: dict[str, int] = {}
+        self._models: dict[str, str] = {}
+
+    @property
+    def spark(self) -> "SparkSession":
+        return self.warehouse.spark
+
+    @property
+    def anchor(self) -> dt.datetime:
+        """End of the log date: the anchor of a daily run."""
+        return self.config.end_of_day(self.ds)
+
+    def read(self, table: str, days: Sequence[str] | None = None) -> "DataFrame":
+        """A table, or the given `ds` partitions of it, as a Spark frame with the declared schema."""
+        handle_version = self.store.version(table)
+        self._inputs[table] = max(handle_version, self._inputs.get(table, 0))
+        return read_files(self.spark, self.store, table, self.store.files(table, days))
+
+    def read_window(self, table: str, start: dt.date | None = None) -> "DataFrame":
+        """The partitions of a table from `start` (default: the feedback window) to `ds`.
+
+        Raises:
+            MissingError: a day between the table's first and `ds` was never committed.
+        """
+        end = dt.date.fromisoformat(self.ds)
+        begin = start or end - dt.timedelta(days=self.config.window_days - 1)
+        held = [day for day in self.store.days(table) if begin.isoformat() <= day <= self.ds]
+        self.require(table, [self.ds])
+        if self.config.anchors == "end_of_day" and held:
+            first = dt.date.fromisoformat(held[0])
+            span = [(first + dt.timedelta(days=n)).isoformat() for n in range((end - first).days)]
+            self.require(table, span)
+        return self.read(table, held)
+
+    def require(self, table: str, days: Sequence[str]) -> None:
+        """Raise MissingError, saying what to run, unless the partitions were committed."""
+        hint = (
+            "import the log of that day"
+            if table == "behavior_log"
+            else f"run `negrec backfill --start {days[0]} --end {days[-1]} --stages {table}`"
+            if days
+            else ""
+        )
+        self.store.require(table, days, hint)
+
+    def at(self, ds: str) -> "JobContext":
+        """The same run seen from another log date; reads through it are recorded here."""
+        other = JobContext(self.warehouse, ds, self.revision)
+        other._inputs, other._models = self._inputs, self._models
+        return other
+
+    def pin(self, *tables: str) -> dict[str, int]:
+        """Newest versions of tables that executors will read themselves; recorded as inputs."""
+        for table in tables:
+            self._inputs[table] = self.store.version(table)
+        return {table: self._inputs[table] for table in tables}
+
+    def empty(self, table: str) -> "DataFrame":
+        """No rows of a table."""
+        return self.spark.createDataFrame([], spark_schema(table))
+
+    def use_model(self, name: str, version: str) -> None:
+        """Record that a model took part in this run."""
+        self._models[name] = version
+
+    def write(self, table: str, frame: "DataFrame", days: Sequence[str] | None = None) -> int:
+        """Replace the partitions `days` (default: this run's) of a table by a frame, atomically.
+
+        The frame may lack `ds` (this run's is added) and `bucket` (derived from user_id).
+        """
+        run = self.store.new_run(table)
+        write_files(with_partitions(frame, table, self.ds, self.config.buckets), table, run)
+        revisions = dict.fromkeys(days or [self.ds], self.revision)
+        return self.store.commit(table, run, revisions, self.provenance())
+
+    def write_arrow(self, table: str, rows: "pa.Table") -> int:
+        """Replace this run's partition of a small table by rows held in memory."""
+        return self.store.write_arrow(table, rows, {self.ds: self.revision}, self.provenance())
+
+    def provenance(self) -> Provenance:
+        return Provenance(
+            inputs=dict(self._inputs),
+            models=dict(self._models),
+            config_digest=self.config.digest(),
+            code_version=negrec_core.__version__,
+        )
+
+
+def spark_schema(table: str, body_only: bool = False) -> "StructType":
+    """Spark schema of a declared table."""
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    declared = TABLES[table]
+    return from_arrow_schema(declared.body if body_only else declared.schema)
+
+
+def read_files(spark: "SparkSession", store: DeltaStore, table: str, files: Sequence[str]) -> "DataFrame":
+    """Read data files of a table; partition values come from their paths (run=/ds=/bucket=)."""
+    schema = spark_schema(table)
+    if not files:
+        return spark.createDataFrame([], schema)
+    return (
+        spark.read.schema(schema)
+        .option("basePath", str(store.path(table)))
+        .parquet(*files)
+        .select(*schema.names)
+    )
+
+
+def write_files(frame: "DataFrame", table: str, run: Path) -> None:
+    """Write a frame as sorted Parquet files, partitioned as declared, into a new run directory."""
+    declared = TABLES[table]
+    (
+        frame.repartition(*declared.partition_by)
+        .sortWithinPartitions(*declared.partition_by, *declared.key)
+        .write.mode("errorifexists")
+        .partitionBy(*declared.partition_by)
+        .parquet(str(run))
+    )
+
+
+def with_partitions(frame: "DataFrame", table: str, ds: str, buckets: int) -> "DataFrame":
+    """Add missing partition columns and check the frame against the declared schema.
+
+    Raises:
+        InputError: a column is missing, unknown or of another type.
+    """
+    from pyspark.sql import functions as F
+
+    declared = TABLES[table]
+    if "ds" not in frame.columns:
+        frame = frame.withColumn("ds", F.lit(ds))
+    if "bucket" in declared.partition_by and "bucket" not in frame.columns:
+        frame = frame.withColumn("bucket", bucket_of(F.col("user_id"), buckets))
+    want = {f.name: f.dataType.simpleString() for f in spark_schema(table)}
+    have = {f.name: f.dataType.simpleString() for f in frame.schema}
+    wrong = [
+        f"{name} is {have.get(name, 'absent')} where {want.get(name, 'no column')} is declared"
+        for name in [*want, *(have.keys() - want.keys())]
+        if want.get(name) != have.get(name)
+    ]
+    if wrong:
+        raise InputError(f"table {table}: {'; '.join(wrong)}; nothing was written")
+    return frame.select(*want)
+
+
+def bucket_of(user_id: "Column", buckets: int) -> "Column":
+    """The bucket of a user: xxhash64 modulo the number of buckets."""
+    from pyspark.sql import functions as F
+
+    return F.pmod(F.xxhash64(user_id), F.lit(buckets)).cast("int")
+
+
+def run_sql(
+    spark: "SparkSession", table: str, frames: Mapping[str, "DataFrame"], **parameters: object
+) -> "DataFrame":
+    """Run `sql/<table>.sql`: `{name}` stands for a frame, `:name` for a parameter."""
+    query = resource("sql", f"{table}.sql").read_text(encoding="utf-8")
+    return spark.sql(query, args=parameters, **frames)

@@ -1,0 +1,41 @@
+"""spark-submit jobs/daily.py --ds D --config NAME: the same as `negrec run`.
+
+Under spark-submit the master and the resources are those of the cluster, not of the configuration.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from jobs.console import reporting, set_up_logging
+from jobs.context import Warehouse
+from jobs.pipeline import DAILY_STAGES, run_day
+from negrec_core.config import load_config
+from negrec_core.errors import NegrecError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the pipeline for one day; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Run the negrec pipeline for one log date.")
+    parser.add_argument("--ds", required=True, help="log date, ISO")
+    parser.add_argument("--config", action="append", default=[], help="overlay; may be repeated")
+    parser.add_argument("--set", action="append", default=[], help="a.b=value; may be repeated")
+    parser.add_argument("--warehouse", default=os.environ.get("NEGREC_WAREHOUSE", "warehouse"))
+    parser.add_argument("--stages", default=",".join(DAILY_STAGES))
+    parser.add_argument("--force", action="store_true", help="new revision of what is there")
+    options = parser.parse_args(arguments)
+    set_up_logging(verbose=False)
+    try:
+        config = load_config(options.config, ["spark.master=null", *options.set])
+        warehouse = Warehouse(Path(options.warehouse), config)
+        with reporting() as reporter:
+            run_day(warehouse, options.ds, options.stages.split(","), options.force, reporter)
+    except NegrecError as error:
+        print(f"negrec: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

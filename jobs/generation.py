@@ -1,0 +1,167 @@
+"""Batched beam search in Spark executors: contexts -> predicted semantic IDs (DESIGN section 6)."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from negrec_core.beam import BeamEngine, open_engine
+from negrec_core.config import GenerationConfig
+from negrec_core.delta import DeltaStore
+from negrec_core.errors import MissingError
+from negrec_core.generator import Generator
+from negrec_core.prompts import PromptWriter, context_events
+from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.trie import Trie
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+_SCHEMA = (
+    "user_id string, rank int, codes array<int>, log_prob float, codebook_version string,"
+    " model_version string"
+)
+
+
+@dataclass(frozen=True)
+class GenerationTask:
+    """All that an executor needs to open its engine; small, because it travels with every task.
+
+    Attributes:
+        warehouse: root of the tables.
+        ds: log date; items that came later are not legal.
+        ids_version: Delta version of `item_semantic_id`.
+        model_path: directory of the generator.
+        model_version: version of the generator.
+        codebook_version: version of its codebook.
+        settings: section `generation` of the configuration.
+    """
+
+    warehouse: str
+    ds: str
+    ids_version: int
+    model_path: str
+    model_version: str
+    codebook_version: str
+    settings: GenerationConfig
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    engine: BeamEngine
+    prompt: PromptWriter
+    trie: Trie
+    blocks: list[tuple[int, ...]]
+    sid_of_item: dict[str, int]
+
+
+# One engine per executor process: Spark reuses its Python workers, and loading costs seconds.
+_loaded: dict[str, _Loaded] = {}
+
+
+def generation_task(
+    store: DeltaStore, generator: Generator, ds: str, settings: GenerationConfig
+) -> GenerationTask:
+    """The task of generating for `ds` with this generator and today's `item_semantic_id`."""
+    return GenerationTask(
+        str(store.root),
+        ds,
+        store.version("item_semantic_id"),
+        str(generator.path),
+        generator.manifest.version,
+        generator.codebook_manifest.version,
+        settings,
+    )
+
+
+def generate(contexts: "DataFrame", task: GenerationTask) -> "DataFrame":
+    """Predicted semantic IDs of every context row: columns of `negative_item_set`.
+
+    Args:
+        contexts: (user_id, negatives, positives), one row per user.
+        task: what to generate with.
+    """
+    spark = contexts.sparkSession
+    # Rows of one Arrow batch are one call of the engine.
+    spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", str(task.settings.batch_users))
+
+    def predict(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            if batch.num_rows:
+                yield predict_batch(batch, _load(task), task)
+
+    # Evenly sized partitions, no more than engines may run at once.
+    spread = contexts.select("user_id", "negatives", "positives").repartition(task.settings.parallelism)
+    return spread.mapInArrow(predict, _SCHEMA)
+
+
+def predict_batch(batch: pa.RecordBatch, loaded: _Loaded, task: GenerationTask) -> pa.RecordBatch:
+    """Predictions of one batch of contexts, ranked from 1; unused beams are left out."""
+    rows = batch.to_pylist()
+    prompts = [
+        loaded.prompt.write(
+            context_events(row["negatives"], row["positives"], loaded.sid_of_item),
+            loaded.blocks,
+            task.settings.pad_prompts_to,
+        )[0]
+        for row in rows
+    ]
+    found = loaded.engine.search(prompts, loaded.trie, task.settings.beam_width)
+    used = found.codes[:, :, 0] >= 0
+    user, beam = np.nonzero(used)
+    n = len(user)
+    codes = found.codes[used]
+    return pa.RecordBatch.from_arrays(
+        [
+            batch["user_id"].take(pa.array(user)),
+            pa.array(beam + 1, pa.int32()),
+            _lists(codes),
+            pa.array(found.log_probs[used], pa.float32()),
+            pa.array([task.codebook_version] * n, pa.string()),
+            pa.array([task.model_version] * n, pa.string()),
+        ],
+        ["user_id", "rank", "codes", "log_prob", "codebook_version", "model_version"],
+    )
+
+
+def _load(task: GenerationTask) -> _Loaded:
+    key = repr(task)
+    if key not in _loaded:
+        _loaded.clear()
+        _share_cores(task.settings.parallelism)
+        path = Path(task.model_path)
+        prompt = PromptWriter.load(path)
+        ids = load_semantic_ids(DeltaStore(task.warehouse), task.codebook_version, task.ds, task.ids_version)
+        if not ids.items:
+            raise MissingError(
+                f"table item_semantic_id: no item has an ID under codebook {task.codebook_version}"
+                f" on ds={task.ds}; run the stage item_semantic_id"
+            )
+        options: dict[str, Any] = dict(task.settings.engine_options)
+        engine = open_engine(
+            task.settings.engine, path, prompt.vocabulary, dtype=task.settings.dtype, **options
+        )
+        _loaded[key] = _Loaded(
+            engine,
+            prompt,
+            Trie.build(ids.codes, prompt.vocabulary.code_counts),
+            prompt.blocks(ids.codes),
+            ids.index,
+        )
+    return _loaded[key]
+
+
+def _share_cores(parallelism: int) -> None:
+    """Engines on one machine share its cores instead of each taking all."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallelism))
+
+
+def _lists(codes: np.ndarray) -> pa.ListArray:
+    offsets = np.arange(len(codes) + 1, dtype=np.int32) * codes.shape[1]
+    return pa.ListArray.from_arrays(offsets, pa.array(codes.ravel(), pa.int32()))

@@ -1,0 +1,89 @@
+"""Stage `item_semantic_id`: an ID for every item that has none yet (DESIGN section 5)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.context import JobContext
+from negrec_core.codebook import encode_unique
+from negrec_core.errors import MissingError
+from negrec_core.generator import CODEBOOK, newest, open_codebook, open_generator
+from negrec_core.items import item_text
+from negrec_core.semantic_ids import load_semantic_ids
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+_SCHEMA = "item_id string, codes array<int>"
+
+
+def item_semantic_id(
+    items: "DataFrame", models: Path, version: str, encoder: str, taken: np.ndarray | None
+) -> "DataFrame":
+    """Semantic IDs of items by their text.
+
+    Args:
+        items: `item` rows, one per item.
+        models: directory of the model versions, readable by every executor.
+        version: codebook version.
+        encoder: text encoder that the codebook was trained with.
+        taken: IDs [n, D] that other items have. If given, each new item gets an ID of its own as far as
+            the last level has free codes, which takes one pass in order of item id; None: by
+            nearest codes alone, in parallel.
+    """
+    from pyspark.sql import functions as F
+
+    def assign(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        from negrec_core.encoder import TextEncoder
+
+        rows = [batch for batch in batches if batch.num_rows]
+        if not rows:
+            return
+        text_encoder = TextEncoder(encoder)
+        codebook, _ = open_codebook(models, version)
+        for part in [pa.Table.from_batches(rows)] if taken is not None else rows:
+            embeddings = text_encoder.encode([item_text(row) for row in part.to_pylist()])
+            if taken is None:
+                codes = codebook.encode(embeddings)
+            else:
+                codes = encode_unique(codebook, embeddings, taken)
+            yield pa.RecordBatch.from_pydict(
+                {
+                    "item_id": part["item_id"].to_pylist(),
+                    "codes": pa.array(codes.tolist(), pa.list_(pa.int32())),
+                }
+            )
+
+    if taken is not None:
+        items = items.repartition(1).sortWithinPartitions("item_id")
+    return items.mapInArrow(assign, _SCHEMA).withColumn("codebook_version", F.lit(version))
+
+
+def run(ctx: JobContext) -> None:
+    """Append: a published ID stays, whatever happens to the item's text or to later days."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    models = ctx.warehouse.models
+    try:
+        version = open_generator(models, ctx.ds).codebook_manifest.version
+    except MissingError:
+        version = newest(models, CODEBOOK, ctx.ds).version
+    codebook, manifest = open_codebook(models, version)
+    ctx.use_model(CODEBOOK, version)
+    catalogue = ctx.read("item", [d for d in ctx.store.days("item") if d <= ctx.ds])
+    latest = Window.partitionBy("item_id").orderBy(F.desc("ds"))
+    catalogue = catalogue.withColumn("n", F.row_number().over(latest)).where("n = 1").drop("n")
+    known = ctx.read("item_semantic_id")
+    new = catalogue.join(known.where(F.col("codebook_version") == version), "item_id", "left_anti")
+    taken = None
+    if ctx.config.codebook.unique_ids:
+        # Of all days, also later ones: an ID that was published belongs to its item for good.
+        taken = load_semantic_ids(ctx.store, version, "9999-12-31").codes
+        taken = taken.reshape(-1, codebook.levels)
+    assigned = item_semantic_id(new, models, version, manifest.parameters["encoder"], taken)
+    kept = known.where(F.col("ds") == ctx.ds)
+    ctx.write("item_semantic_id", kept.unionByName(assigned.withColumn("ds", F.lit(ctx.ds))))

@@ -1,0 +1,153 @@
+"""The daily pipeline: its stages in order, and running them for one day or many."""
+
+import functools
+import importlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import negrec_core.errors as errors
+from jobs import feedback
+from jobs.context import JobContext, Warehouse, log
+from negrec_core.errors import ConfigError, NegrecError
+from negrec_core.progress import Progress, silent
+
+# Every stage is the module jobs.<name> and writes the table <name>.
+DATA_STAGES = ("feedback", "item_rate", "item_graph", "user_context", "future_feedback")
+MODEL_STAGES = ("item_semantic_id", "negative_item_set", "block_score", "block_list")
+DAILY_STAGES = DATA_STAGES + MODEL_STAGES
+# Made on demand: samples when a generator is trained, anchors for logs whose users come in bursts.
+EXTRA_STAGES = ("training_next_negative", "anchor")
+
+
+class Reporter(Protocol):
+    """Shows how a pipeline goes on; `jobs.console` has the real ones."""
+
+    def stage(self, name: str, ds: str) -> Progress:
+        """A stage starts; returns what it reports its parts to."""
+        ...
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def stage(self, name: str, ds: str) -> Progress:
+        return silent
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage on one day: the revision it has now, and whether it ran."""
+
+    stage: str
+    ds: str
+    revision: int
+    ran: bool
+    seconds: float
+
+
+def run_day(
+    warehouse: Warehouse,
+    ds: str,
+    stages: Sequence[str] = DAILY_STAGES,
+    force: bool = False,
+    reporter: Reporter | None = None,
+) -> list[StageResult]:
+    """Run stages for one log date, in pipeline order; those already committed are not run again.
+
+    Args:
+        warehouse: where to run.
+        ds: log date, ISO.
+        stages: names of stages.
+        force: run them all, each as a new revision.
+        reporter: told about every stage that runs.
+
+    Raises:
+        ConfigError: an unknown stage.
+        NegrecError: a stage failed; those before it stay committed.
+    """
+    known = [*DAILY_STAGES, *EXTRA_STAGES]
+    unknown = sorted(set(stages) - set(known))
+    if unknown:
+        raise ConfigError(f"stage {', '.join(unknown)}: unknown; there are {', '.join(known)}")
+    results = []
+    for name in sorted(stages, key=known.index):
+        revision = warehouse.store.revision(name, ds)
+        if revision and not force:
+            results.append(StageResult(name, ds, revision, False, 0.0))
+            continue
+        begin = time.monotonic()
+        progress = (reporter or Quiet()).stage(name, ds)
+        run_stage(name, JobContext(warehouse, ds, revision + 1, progress))
+        seconds = time.monotonic() - begin
+        log.info("%s ds=%s: revision %d in %.1f s", name, ds, revision + 1, seconds)
+        results.append(StageResult(name, ds, revision + 1, True, seconds))
+    return results
+
+
+def run_range(
+    warehouse: Warehouse,
+    days: Sequence[str],
+    stages: Sequence[str] = DATA_STAGES,
+    force: bool = False,
+    reporter: Reporter | None = None,
+) -> list[StageResult]:
+    """Run stages for several log dates, oldest first; `feedback` is made for all of them at once.
+
+    Arguments and errors are those of `run_day`.
+    """
+    shown = reporter or Quiet()
+    results = []
+    rest = list(stages)
+    if "feedback" in stages:
+        rest.remove("feedback")
+        by_revision: dict[int, list[str]] = {}
+        for day in days:
+            revision = warehouse.store.revision("feedback", day)
+            if revision and not force:
+                results.append(StageResult("feedback", day, revision, False, 0.0))
+            else:
+                by_revision.setdefault(revision + 1, []).append(day)
+        for revision, missing in by_revision.items():
+            begin = time.monotonic()
+            progress = shown.stage("feedback", f"{missing[0]}..{missing[-1]}")
+            ctx = JobContext(warehouse, missing[-1], revision, progress)
+            _guarded(functools.partial(feedback.run_days, ctx, missing))
+            seconds = time.monotonic() - begin
+            log.info("feedback: %d days in %.1f s", len(missing), seconds)
+            each = seconds / len(missing)
+            results += [StageResult("feedback", day, revision, True, each) for day in missing]
+    for day in days if rest else []:
+        results += run_day(warehouse, day, rest, force, reporter)
+    return results
+
+
+def run_stage(name: str, ctx: JobContext) -> None:
+    """Run one stage; a NegrecError raised in an executor arrives as one here."""
+    run: Callable[[JobContext], None] = importlib.import_module(_module(name)).run
+    _guarded(functools.partial(run, ctx))
+
+
+def _guarded(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except NegrecError:
+        raise
+    except Exception as error:
+        expected = from_executor(str(error))
+        if expected is None:
+            raise
+        raise expected from None
+
+
+def from_executor(message: str) -> NegrecError | None:
+    """The NegrecError at the end of a Spark error message, if there is one."""
+    found = re.search(r"negrec_core\.errors\.(\w+): (.+)", message)
+    kind = getattr(errors, found.group(1), None) if found else None
+    return kind(found.group(2)) if found and kind else None
+
+
+def _module(stage: str) -> str:
+    return "jobs.anchors" if stage == "anchor" else f"jobs.{stage}"

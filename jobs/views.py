@@ -1,0 +1,302 @@
+"""How results are printed."""
+
+import datetime as dt
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc
+from pydantic import BaseModel
+from rich.table import Table
+
+from jobs.console import console
+from jobs.context import Warehouse
+from jobs.pipeline import StageResult
+from negrec_core.artefacts import Manifest, list_versions
+from negrec_core.blocklist import BlockList
+from negrec_core.config import Config
+from negrec_core.errors import MissingError
+from negrec_core.generator import CODEBOOK, GENERATOR
+from negrec_core.items import load_items
+from negrec_core.schemas import TABLES
+
+if TYPE_CHECKING:
+    from jobs.import_log import ImportSummary
+    from train.evaluate import Evaluation
+
+_SHOWN = 8
+
+
+def show_import(summary: "ImportSummary") -> None:
+    """Rows in, rows left out, rows quarantined and why."""
+    view = Table("", "imported", "left out", "quarantined", title=_span(summary.days))
+    for entity, rows in summary.rows.items():
+        problems = summary.quarantined.get(entity, {})
+        why = ", ".join(f"{problem} {n}" for problem, n in sorted(problems.items()))
+        view.add_row(entity, f"{rows:,}", f"{summary.left_out.get(entity, 0):,}", why or "0")
+    console.print(view)
+
+
+def show_results(results: Sequence[StageResult]) -> None:
+    """What ran and what was there already."""
+    ran = [result for result in results if result.ran]
+    if not ran:
+        console.print("nothing to do: every stage is committed (--force makes a new revision)")
+        return
+    view = Table("stage", "days", "seconds")
+    for stage in dict.fromkeys(result.stage for result in ran):
+        own = [result for result in ran if result.stage == stage]
+        view.add_row(stage, _span([r.ds for r in own]), f"{sum(r.seconds for r in own):.1f}")
+    console.print(view)
+    if len(results) > len(ran):
+        console.print(f"{len(results) - len(ran)} were committed before")
+
+
+def show_manifest(manifest: Manifest) -> None:
+    """A model that was just completed."""
+    view = Table("figure", "value", title=f"{manifest.name} {manifest.version}")
+    for name, value in manifest.metrics.items():
+        view.add_row(name, _figure(value))
+    console.print(view)
+
+
+def show_status(warehouse: Warehouse) -> None:
+    """Tables by day and revision, models by version."""
+    tables = Table("table", "days", "partitions", "revisions", "version", title=str(warehouse.root))
+    for name in TABLES:
+        days = warehouse.store.days(name)
+        revisions = sorted({warehouse.store.revision(name, day) for day in days})
+        tables.add_row(
+            name,
+            _span(days),
+            str(len(days)),
+            ", ".join(map(str, revisions)),
+            str(warehouse.store.version(name)),
+        )
+    console.print(tables)
+    models = Table("model", "version", "learned until", "codebook", "figures")
+    for name in (CODEBOOK, GENERATOR):
+        for manifest in list_versions(warehouse.models, name):
+            figures = ", ".join(f"{k} {_figure(v)}" for k, v in list(manifest.metrics.items())[:4])
+            models.add_row(
+                name,
+                manifest.version,
+                manifest.parameters["until"],
+                manifest.parameters.get("codebook_version", ""),
+                figures,
+            )
+    console.print(models)
+
+
+def users_to_show(warehouse: Warehouse, n: int = 2) -> list[str]:
+    """Users with the most predictions that came true in the days after the newest list."""
+    blocks = _open(warehouse, None)
+    held = set(warehouse.store.days("feedback"))
+    days = [day for day in _week_after(blocks.snapshot.ds) if day in held]
+    rows = warehouse.store.read("feedback", ["user_id", "item_id", "polarity"], days=days)
+    later: dict[str, list[str]] = {}
+    for row in rows.filter(pc.equal(rows["polarity"], -1)).to_pylist():
+        later.setdefault(row["user_id"], []).append(row["item_id"])
+    caught = {user: len(items) - len(blocks.allowed(user, items)) for user, items in later.items()}
+    return sorted(caught, key=lambda user: (-caught[user], user))[:n]
+
+
+def show_user(warehouse: Warehouse, user: str, on: str | None) -> None:
+    """What one user disliked and liked, what is predicted and why, what happened next."""
+    blocks = _open(warehouse, on)
+    snapshot = blocks.snapshot
+    titles = _titles(warehouse, snapshot.ds)
+    context = _user_rows(warehouse, "user_context", user, [snapshot.ds])
+    entries = sorted(_user_rows(warehouse, "block_list", user, [snapshot.ds]), key=lambda row: row["rank"])
+    if not context and not entries:
+        raise MissingError(
+            f"user {user}: no feedback and no list on ds={snapshot.ds}; check the id, or choose a day"
+            " with --on"
+        )
+    past = context[0] if context else {"negatives": [], "positives": []}
+    console.rule(f"user {user}, list of {snapshot.ds}")
+    for label, column in (("disliked", "negatives"), ("liked", "positives")):
+        view = Table(f"{label}, most recent first", "when", "reason", expand=True)
+        for event in past[column][:_SHOWN]:
+            when = f"{event['event_time']:%Y-%m-%d %H:%M}"
+            view.add_row(titles.get(event["item_id"], event["item_id"]), when, event["reason_class"])
+        console.print(view)
+    by_codes = _items_by_codes(warehouse, snapshot.ds, blocks)
+    view = Table("#", "predicted to be rejected", "score", "because of", "similar", "reason", expand=True)
+    for row in entries[:_SHOWN]:
+        items = [titles.get(item, item) for item in by_codes.get(tuple(row["codes"]), [])]
+        because = row["because_item_id"]
+        view.add_row(
+            str(row["rank"]),
+            "; ".join(items[:2]) + (f" (+{len(items) - 2})" if len(items) > 2 else ""),
+            f"{row['score']:.2f}",
+            titles.get(because, because) if because else "",
+            f"{row['because_similarity']:.2f}" if because else "",
+            row["reason_class"],
+        )
+    console.print(view)
+    _show_next(warehouse, blocks, user, titles)
+
+
+def _show_next(warehouse: Warehouse, blocks: BlockList, user: str, titles: dict[str, str]) -> None:
+    held = set(warehouse.store.days("feedback"))
+    days = [day for day in _week_after(blocks.snapshot.ds) if day in held]
+    later = _user_rows(warehouse, "feedback", user, days)
+    if not later:
+        return
+    view = Table("what happened next", "", "score", "blocked", expand=True)
+    for row in sorted(later, key=lambda r: r["event_time"])[: 2 * _SHOWN]:
+        why = blocks.why(user, row["item_id"])
+        view.add_row(
+            titles.get(row["item_id"], row["item_id"]),
+            "disliked" if row["polarity"] == -1 else "liked",
+            f"{why.score:.2f}",
+            "yes" if why.blocked else "",
+        )
+    console.print(view)
+
+
+def show_filter(warehouse: Warehouse, user: str, items: Sequence[str], on: str | None) -> None:
+    """A page as the ranking service would show it, and why."""
+    blocks = _open(warehouse, on)
+    titles = _titles(warehouse, blocks.snapshot.ds)
+    allowed = set(blocks.allowed(user, items))
+    view = Table("item", "title", "shown", "score", "similarity", "because of", "reason")
+    for item in items:
+        why = blocks.why(user, item)
+        because = why.because_item_id
+        view.add_row(
+            item,
+            titles.get(item, ""),
+            "yes" if item in allowed else "no",
+            f"{why.score:.2f}",
+            f"{why.similarity:.2f}",
+            titles.get(because, because) if because else "",
+            why.reason_class,
+        )
+    console.print(view)
+    console.print(f"list of {blocks.snapshot.ds}; blocked from {blocks.threshold:.3f}")
+
+
+def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
+    """The figures, and a file of them if asked for."""
+    head = (
+        f"list of {evaluation.ds} against the days after: {evaluation.users:,} users,"
+        f" {evaluation.dislikes:,} dislikes, {evaluation.likes:,} likes; seed {evaluation.seed},"
+        " 95 % intervals over users"
+    )
+    view = Table(
+        "",
+        "blocked at 1 %",
+        "blocked at 5 %",
+        "AUC",
+        "AUC within user",
+        "HR@20",
+        "FHR@20",
+        "LUF@20",
+        "LIF@20",
+        title=head,
+    )
+    for row in evaluation.rows:
+        cells = [value for value in asdict(row).values() if isinstance(value, dict)]
+        view.add_row(row.method, *(f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
+    console.print(view)
+    best = {
+        name: max(getattr(row, name).value for row in evaluation.rows[1:])
+        for name in ("blocked_at_1", "blocked_at_5", "fhr")
+    }
+    ours = evaluation.rows[0]
+    margins = ", ".join(
+        f"{label} {getattr(ours, name).value / best[name]:.2f}x" if best[name] else f"{label} -"
+        for name, label in (
+            ("blocked_at_1", "blocked at 1 %"),
+            ("blocked_at_5", "blocked at 5 %"),
+            ("fhr", "FHR@20"),
+        )
+    )
+    console.print(f"against the best rule: {margins}")
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.without.items())
+    console.print(f"blocked at 1 % with one part of the score held at its mean: {parts}")
+    console.print(
+        f"published threshold {evaluation.threshold:.3f}: blocks {evaluation.dislikes_over:.1%} of"
+        f" the dislikes and {evaluation.likes_over:.1%} of the likes; lists for"
+        f" {evaluation.listed:,} users; {evaluation.illegal} illegal IDs"
+    )
+    if out:
+        out.write_text(json.dumps(asdict(evaluation), indent=1), encoding="utf-8")
+
+
+def show_config(config: Config) -> None:
+    """Every setting, its value and its meaning."""
+    view = Table("setting", "value", "meaning")
+    for name, value, meaning in config_rows(config):
+        view.add_row(name, value, meaning)
+    console.print(view)
+
+
+def config_rows(config: BaseModel, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted name, value, meaning) of all settings."""
+    rows = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            rows += config_rows(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", str(value), field.description or ""))
+    return rows
+
+
+def _open(warehouse: Warehouse, on: str | None) -> BlockList:
+    days = warehouse.store.days("block_list")
+    if not days:
+        raise MissingError(f"table block_list: nothing was published in {warehouse.root}; run `negrec run`")
+    return BlockList.open(
+        warehouse.root,
+        today=dt.date.fromisoformat(on or days[-1]),
+        min_page_share=warehouse.config.block_list.min_page_share,
+    )
+
+
+def _user_rows(warehouse: Warehouse, table: str, user: str, days: Sequence[str]) -> list[dict[str, Any]]:
+    rows = warehouse.store.read(table, days=list(days))
+    return rows.filter(pc.equal(rows["user_id"], user)).to_pylist() if rows.num_rows else []
+
+
+def _titles(warehouse: Warehouse, ds: str) -> dict[str, str]:
+    items = load_items(warehouse.store, ds)
+    return {
+        item: title or item
+        for item, title in zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True)
+    }
+
+
+def _items_by_codes(warehouse: Warehouse, ds: str, blocks: BlockList) -> dict[tuple[int, ...], list[str]]:
+    from negrec_core.semantic_ids import load_semantic_ids
+
+    version = warehouse.store.commit_of("block_list", ds).provenance.models[CODEBOOK]
+    ids = load_semantic_ids(warehouse.store, version, ds)
+    found: dict[tuple[int, ...], list[str]] = {}
+    for item, codes in zip(ids.items, ids.codes.tolist(), strict=True):
+        found.setdefault(tuple(codes), []).append(item)
+    return found
+
+
+def _week_after(ds: str) -> list[str]:
+    day = dt.date.fromisoformat(ds)
+    return [(day + dt.timedelta(days=n)).isoformat() for n in range(1, 8)]
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_figure(v) for v in value)
+    return str(value)
+
+
+def _span(days: Sequence[str]) -> str:
+    if not days:
+        return "-"
+    return days[0] if days[0] == days[-1] else f"{min(days)} .. {max(days)}"

@@ -1,0 +1,270 @@
+"""Constrained beam search on any Hugging Face causal language model, without generation loops.
+
+The prompt of a user is computed once. Its beams are then decoded as parallel tokens of that same
+sequence: a 4-D attention mask lets each beam see the prompt and its own earlier tokens only, so the
+prompt's keys and values are never copied per beam. The output layer is cut to the tokens of the
+level at hand, and scores are gathered for legal codes only.
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from negrec_core.beam import (
+    BeamResult,
+    Prompts,
+    SidVocabulary,
+    batches,
+    best_first,
+    check_logits,
+    check_search,
+    check_vocabulary,
+)
+from negrec_core.errors import ConfigError
+from negrec_core.trie import Trie
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TorchOptions:
+    """How to load and run the model.
+
+    Attributes:
+        dtype: `float32` or `bfloat16`.
+        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:0`.
+        max_batch_tokens: prompt and beam tokens, with padding, that are computed at once.
+    """
+
+    dtype: str = "float32"
+    device: str = "auto"
+    max_batch_tokens: int = 16_384
+
+
+def load(path: Path, vocabulary: SidVocabulary, options: TorchOptions) -> "TorchBeamEngine":
+    """Load a local model directory; see `negrec_core.beam.open_engine`."""
+    if options.dtype not in _DTYPES:
+        raise ConfigError(f"dtype {options.dtype!r}: choose one of {', '.join(_DTYPES)}")
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if gpu else "cpu") if options.device == "auto" else options.device)
+    except RuntimeError:
+        raise ConfigError(f"device {options.device!r}: give auto, cpu, cuda or cuda:<n>") from None
+    if device.type == "cuda" and not gpu:
+        raise ConfigError(f"device {options.device!r}: no CUDA GPU here; give auto or cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=_DTYPES[options.dtype],
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    model.to(device)  # type: ignore[arg-type]  # the decorator around `to` loses its types
+    return TorchBeamEngine(model, vocabulary, max_batch_tokens=options.max_batch_tokens)
+
+
+class TorchBeamEngine:
+    """Beam engine over a model in memory, for example the one that is being trained.
+
+    The weights are read at each search, so the engine follows a model whose weights change.
+    Adapters must be part of the model (`peft_model.get_base_model()`) or merged.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: SidVocabulary, *, max_batch_tokens: int = 16_384
+    ) -> None:
+        """Check that the model can be decoded this way.
+
+        Raises:
+            ConfigError: not a plain attention model with a linear output layer, or its attention
+                implementation takes no 4-D mask.
+            ArtefactError: the vocabulary lacks semantic-ID tokens.
+        """
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(
+                f"{type(model).__name__}: the output layer is {type(head).__name__}, not linear;"
+                " merge adapters first or use the vllm engine"
+            )
+        check_vocabulary(vocabulary, head.out_features)
+        self._model = model
+        self._vocabulary = vocabulary
+        self._vocab_size = head.out_features
+        self._max_batch_tokens = max_batch_tokens
+        self._longest_prompt = _longest_prompt(model.config, vocabulary.depth)
+
+    @property
+    def block_size(self) -> int:
+        """1: a prompt is computed once, whatever its length."""
+        return 1
+
+    def search(self, prompts: Prompts, trie: Trie, beam_width: int) -> BeamResult:
+        """See `negrec_core.beam.BeamEngine.search`."""
+        check_search(prompts, trie, beam_width, self._vocabulary, self._vocab_size, self._longest_prompt)
+        leaves = np.full((len(prompts), beam_width), -1, np.int64)
+        log_probs = np.full((len(prompts), beam_width), -np.inf, np.float32)
+        tree_tokens = beam_width * (trie.depth - 1)
+        lengths = [len(prompt) + tree_tokens for prompt in prompts]
+        training = self._model.training
+        self._model.eval()
+        try:
+            levels = [
+                _with_output_of(self._model, first, count)
+                for first, count in zip(
+                    self._vocabulary.first_token, self._vocabulary.code_counts, strict=True
+                )
+            ]
+            for users in batches(lengths, self._max_batch_tokens):
+                found, scores = self._search_batch(
+                    levels, [prompts[user] for user in users], trie, beam_width
+                )
+                leaves[users, : found.shape[1]] = found
+                log_probs[users, : found.shape[1]] = scores
+        finally:
+            self._model.train(training)
+        return best_first(trie, leaves, log_probs)
+
+    @torch.inference_mode()
+    def _search_batch(
+        self, levels: list[PreTrainedModel], prompts: Prompts, trie: Trie, width: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Leaves and scores `[users, at most width]`, in the order of the leaves."""
+        device = self._model.device
+        cache = DynamicCache()
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        logits = _prefill(levels[0], prompts, lengths, cache)
+        nodes = np.zeros((len(prompts), 1), np.int64)
+        scores = torch.zeros(len(prompts), 1, device=device)
+        longest = int(lengths.max())
+        # [users, beams, cached tokens]: what each beam attends to.
+        visible = (torch.arange(longest, device=device) < lengths[:, None])[:, None]
+        for level in range(trie.depth):
+            codes, children = _padded_children(trie, level, nodes)
+            legal = torch.from_numpy(children >= 0).to(device)
+            slots = torch.from_numpy(codes).to(device)
+            log_probs = logits.float().gather(2, slots).masked_fill(~legal, -torch.inf)
+            check_logits(bool(log_probs.isnan().any()))
+            # A beam that has ended has no legal code: its softmax is NaN, masked again.
+            log_probs = log_probs.log_softmax(2).masked_fill(~legal, -torch.inf)
+            candidates = (scores[:, :, None] + log_probs).flatten(1)
+            picked = _top(candidates, min(width, candidates.shape[1]))
+            scores = candidates.gather(1, picked)
+            nodes = np.take_along_axis(children.reshape(len(children), -1), picked.cpu().numpy(), 1)
+            if level + 1 < trie.depth:
+                beams = picked.shape[1]
+                parents = (picked // slots.shape[2])[:, :, None]
+                tokens = slots.flatten(1).gather(1, picked) + self._vocabulary.first_token[level]
+                itself = torch.eye(beams, dtype=torch.bool, device=device)
+                visible = visible.gather(1, parents.expand(-1, -1, visible.shape[2]))
+                visible = torch.cat([visible, itself.expand(len(prompts), -1, -1)], 2)
+                logits = levels[level + 1](
+                    input_ids=tokens,
+                    attention_mask=_additive(visible, self._model.dtype),
+                    position_ids=(lengths + level)[:, None].expand(-1, beams),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
+        return nodes, scores.cpu().numpy()
+
+
+def _longest_prompt(config: Any, depth: int) -> int:
+    """Longest prompt that leaves room for the beams' tokens; ConfigError if none can be decoded."""
+    text = config.get_text_config()
+    if text._attn_implementation not in ("eager", "sdpa"):
+        raise ConfigError(
+            f"attention implementation {text._attn_implementation} takes no 4-D mask; load the"
+            " model with sdpa or eager"
+        )
+    other = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        raise ConfigError(
+            f"layers of kind {', '.join(sorted(other))} keep a state that beams cannot share; use"
+            " the vllm engine"
+        )
+    limit: int = getattr(text, "max_position_embeddings", None) or sys.maxsize
+    # Within its window sliding attention is full attention, and the tree mask is exact.
+    window: int = getattr(text, "sliding_window", None) or sys.maxsize
+    return min(limit, window) - (depth - 1)
+
+
+def _with_output_of(model: PreTrainedModel, first: int, count: int) -> PreTrainedModel:
+    """The same model whose output layer knows `count` tokens from `first`; weights are shared.
+
+    Calling the whole model, rather than its body and a product, keeps what some models do to
+    logits afterwards (scaling, soft caps).
+    """
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    part = nn.Linear(head.in_features, count, bias=head.bias is not None, device="meta")
+    rows = slice(first, first + count)
+    part.weight = nn.Parameter(head.weight.detach()[rows], requires_grad=False)
+    if head.bias is not None:
+        part.bias = nn.Parameter(head.bias.detach()[rows], requires_grad=False)
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.set_output_embeddings(part)
+    return twin
+
+
+def _prefill(model: PreTrainedModel, prompts: Prompts, lengths: Tensor, cache: DynamicCache) -> Tensor:
+    """Fill the cache with the prompts and return the logits after each one, `[users, 1, K]`.
+
+    Prompts are padded on the right: causal attention then needs no mask here, and later tokens
+    simply never attend to the padding.
+    """
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    ends, which = (lengths - 1).unique(return_inverse=True)
+    logits = model(
+        input_ids=ids.to(lengths.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=ends,
+    ).logits
+    return logits[torch.arange(len(prompts), device=which.device), which][:, None]
+
+
+def _padded_children(
+    trie: Trie, level: int, nodes: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Codes and nodes of the children of `nodes` `[users, beams]`, each `[users, beams, most]`.
+
+    Padding is code 0 with node -1; a node of -1 has no children.
+    """
+    live = nodes.ravel() >= 0
+    flat_codes, flat_children, splits = trie.children(level, nodes.ravel()[live])
+    counts = np.zeros(nodes.size, np.int64)
+    counts[live] = np.diff(splits)
+    filled = np.arange(counts.max()) < counts[:, None]
+    codes = np.zeros(filled.shape, np.int64)
+    children = np.full(filled.shape, -1, np.int64)
+    codes[filled], children[filled] = flat_codes, flat_children
+    shape = (*nodes.shape, -1)
+    return codes.reshape(shape), children.reshape(shape)
+
+
+def _top(values: Tensor, k: int) -> Tensor:
+    """Positions of the k largest of each row, `[rows, k]`, ascending; ties go to the first.
+
+    `topk` alone leaves open which of equal values it returns. Ascending positions keep the beams
+    in the order of their nodes, which is the order of their codes.
+    """
+    least = values.topk(k, 1).values[:, -1:]
+    above, equal = values > least, values == least
+    room = k - above.sum(1, keepdim=True)
+    return (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask `[users, beams, tokens]` as the 4-D mask `[users, 1, beams, tokens]`."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]

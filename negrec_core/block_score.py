@@ -1,0 +1,121 @@
+"""The block score: how likely a user is to reject an item (DESIGN section 8).
+
+A logistic model of a few figures that the ranking service can compute from published tables: how
+near the item's semantic ID is to the user's predicted ones, weighed by the generator's
+probabilities or not, and the smoothed dislike rates of the item and of the user. One definition
+serves calibration, the published entries and the reader.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FEATURES = ("similarity", "affinity", "item_log_odds", "user_log_odds")
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What a threshold blocks of the held-back feedback, as shares."""
+
+    threshold: float
+    likes_blocked: float
+    dislikes_blocked: float
+
+
+@dataclass(frozen=True)
+class BlockScore:
+    """A fitted block score.
+
+    Attributes:
+        coefficients: float64 [F], log odds per unit of each of `FEATURES`.
+        intercept: log odds where all features are 0.
+        threshold: an item is blocked where its score is at least this.
+        prior_log_odds: of dislike against like over all feedback.
+        pseudo_events: how many events' worth of prior a user's log odds hold.
+    """
+
+    coefficients: np.ndarray
+    intercept: float
+    threshold: float
+    prior_log_odds: float
+    pseudo_events: float
+
+    def score(self, features: np.ndarray) -> np.ndarray:
+        """Probabilities [n] of features [n, F]."""
+        return sigmoid(features @ self.coefficients + self.intercept)
+
+    def user_log_odds(self, n_negatives: np.ndarray, n_positives: np.ndarray) -> np.ndarray:
+        """Smoothed log odds of users by their counts; 0 events give the prior."""
+        return smoothed_log_odds(n_negatives, n_positives, sigmoid(self.prior_log_odds), self.pseudo_events)
+
+
+def features(
+    candidates: np.ndarray,
+    entries: np.ndarray,
+    log_probs: np.ndarray,
+    item_log_odds: np.ndarray,
+    user_log_odds: float,
+) -> np.ndarray:
+    """Features of candidate items for one user.
+
+    Args:
+        candidates: unit embeddings of the candidates' semantic IDs, [n, dim]; a zero row stands for
+            an item without one.
+        entries: unit embeddings of the user's predicted IDs, [m, dim]; m may be 0.
+        log_probs: the generator's log-probabilities of the entries, finite, [m].
+        item_log_odds: of the candidates, [n].
+        user_log_odds: of the user.
+
+    Returns:
+        float64 [n, F], columns in the order of `FEATURES`.
+    """
+    out = np.zeros((len(candidates), len(FEATURES)))
+    if len(entries):
+        cosine = entries @ candidates.T
+        weight = np.exp(log_probs - log_probs.max())
+        out[:, 0] = cosine.max(axis=0)
+        out[:, 1] = (weight / weight.sum()) @ cosine
+    out[:, 2] = item_log_odds
+    out[:, 3] = user_log_odds
+    return out
+
+
+def smoothed_log_odds(
+    n_negatives: np.ndarray, n_positives: np.ndarray, prior: np.ndarray | float, pseudo: float
+) -> np.ndarray:
+    """log((n- + pseudo * prior) / (n+ + pseudo * (1 - prior)))."""
+    return np.asarray(np.log((n_negatives + pseudo * prior) / (n_positives + pseudo * (1.0 - prior))))
+
+
+def sigmoid(x: np.ndarray | float) -> np.ndarray:
+    """1 / (1 + exp(-x)) without overflow."""
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * np.asarray(x, np.float64))))
+
+
+def threshold_at(liked_scores: np.ndarray, share: float) -> float:
+    """Lowest threshold at which at most `share` of the liked are blocked (score >= threshold).
+
+    Where all may be blocked it is the lowest score; without any liked score it is 1.
+    """
+    if not len(liked_scores):
+        return 1.0
+    descending = np.sort(liked_scores)[::-1]
+    # A little more: 0.29 * 100 is less than 29 in floating point.
+    allowed = int(np.floor(share * len(descending) + 1e-9))
+    if allowed >= len(descending):
+        return float(descending[-1])
+    # Just above the first like that must pass: equal scores cannot be told apart.
+    return float(np.nextafter(descending[allowed], np.inf))
+
+
+def curve(liked: np.ndarray, disliked: np.ndarray, shares: np.ndarray) -> list[CurvePoint]:
+    """Points of the threshold curve at the given shares of likes blocked."""
+    points = []
+    for share in shares:
+        threshold = threshold_at(liked, float(share))
+        points.append(CurvePoint(threshold, _blocked(liked, threshold), _blocked(disliked, threshold)))
+    return points
+
+
+def _blocked(scores: np.ndarray, threshold: float) -> float:
+    return float(np.mean(scores >= threshold)) if len(scores) else 0.0

@@ -1,0 +1,321 @@
+"""The configuration: pydantic models filled from YAML.
+
+Order of precedence, lowest first: `conf/base.yaml`, the overlays named by `--config`, environment
+variables `NEGREC_SET__A__B=value`, `--set a.b=value`. A wrong key or value is one line that says
+where it came from and what was expected.
+"""
+
+import datetime as dt
+import hashlib
+import os
+import zoneinfo
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from negrec_core.errors import ConfigError
+from negrec_core.resources import resource
+
+_ENV_PREFIX = "NEGREC_SET__"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImplicitConfig(_Model):
+    """Which skips count as dislikes: the G-UBS candidate filter (DESIGN section 4)."""
+
+    enabled: bool = Field(description="whether judged skips enter `feedback`")
+    max_play_rate: Share = Field(description="a skip played less than this share of its length")
+    max_play_ms: Positive | None = Field(description="and less than this long; null: no such limit")
+    max_gap_seconds: Positive | None = Field(
+        description="the user acted this shortly before and after it; null where the log is a"
+        " sample, in which neighbouring events are missing"
+    )
+    min_item_views: int = Field(ge=0, description="items played fewer times by then are left out")
+    surfaces: list[str] | None = Field(description="surfaces on which it holds; null: all")
+    weight: Share = Field(description="weight of such a dislike; an explicit one has 1")
+
+
+class FeedbackConfig(_Model):
+    """How logged actions become dislikes and likes."""
+
+    polarity: dict[str, Literal[-1, 0, 1]] = Field(
+        description="action -> -1 dislike, +1 like, 0 neither; an action not named here is an error"
+    )
+    reasons: dict[str, str] = Field(
+        description="the site's wording -> reason class; class `dropped` is not negative interest"
+    )
+    other_reason: str = Field(description="reason class of a wording that `reasons` does not name")
+    implicit: ImplicitConfig
+
+
+class SwingConfig(_Model):
+    """The Swing graph (DESIGN section 4)."""
+
+    alpha1: float = Field(ge=0, description="a1, smoothing of the user weight")
+    alpha2: float = Field(gt=0, description="a2, smoothing of the intersection")
+    theta: float = Field(ge=0, description="exponent of the user weight")
+    min_common_users: int = Field(ge=0, description="pairs with no more common users are cut")
+    top_k: Positive = Field(description="neighbours kept per item")
+    max_users_per_item: Positive = Field(description="cap of users looked at per item")
+    max_items_per_user: Positive = Field(description="cap of items looked at per user")
+    max_edges_in_memory: Positive = Field(
+        description="above it rows are shuffled by anchor item instead of shared as files"
+    )
+
+
+class ContextConfig(_Model):
+    """What of a user's past a prompt may hold."""
+
+    max_negatives: Positive = Field(description="most recent dislikes kept")
+    max_positives: int = Field(ge=0, description="most recent likes kept")
+
+
+class LabelConfig(_Model):
+    """Future labels (DESIGN section 4)."""
+
+    horizon_days: Positive = Field(description="length of the label window, days")
+    expansion: int = Field(ge=0, description="Swing neighbours added per future negative")
+
+
+class CodebookConfig(_Model):
+    """Semantic IDs (DESIGN section 5)."""
+
+    encoder: str = Field(description="`minilm`, or a Hugging Face text model directory or name")
+    trainer: Literal["rqvae", "residual_kmeans"] = Field(description="how codewords are found")
+    levels: Positive = Field(description="codes in a semantic ID")
+    codes_per_level: Positive | None = Field(description="null: chosen from the catalogue's size")
+    latent_dim: Positive = Field(description="length of a codeword")
+    epochs: Positive = Field(description="passes over the catalogue")
+    unique_ids: bool = Field(
+        description="move items whose ID is taken to the nearest free one, in one pass; off for"
+        " catalogues of many millions"
+    )
+    max_collision_rate: Share = Field(description="release gate: share of items that share an ID")
+    max_dead_share: Share = Field(description="release gate: share of a level's codes without item")
+
+
+class GeneratorConfig(_Model):
+    """Training of the generator."""
+
+    preset: str = Field(description="name of a file in conf/models")
+    prompt: str = Field(description="name of a file in conf/prompts")
+    prompt_tokens: Positive = Field(description="longest prompt; older events are cut first")
+    epochs: float = Field(gt=0, description="passes over the samples")
+    max_steps: int = Field(description="-1: no limit")
+    batch_size: Positive = Field(description="samples in one step")
+    learning_rate: float = Field(gt=0, description="at its highest, after the warm-up")
+    samples_per_user: Positive = Field(description="most training anchors taken from one user")
+    learn_likes: bool = Field(description="the likes in a context are targets of training too")
+
+
+class GenerationConfig(_Model):
+    """Batch beam search."""
+
+    engine: Literal["torch", "vllm"] = Field(description="what runs the generator")
+    beam_width: Positive = Field(description="semantic IDs predicted per user")
+    dtype: Literal["float32", "bfloat16"] = Field(description="number format of the generator")
+    pad_prompts_to: Positive = Field(
+        description="prompts are padded on the left to a multiple of this; vLLM: its KV block size"
+    )
+    batch_users: Positive = Field(description="users in one call of the engine")
+    parallelism: Positive = Field(description="engines at once, one executor process each")
+    engine_options: dict[str, Any] = Field(description="passed to the engine as they are")
+
+
+class CalibrationConfig(_Model):
+    """The block score and its threshold (DESIGN section 8)."""
+
+    held_out_share: Share = Field(description="share of users never trained on, kept for calibration")
+    days: Positive = Field(description="length of the held-back feedback, days")
+    max_users: Positive = Field(description="most users in one calibration")
+    max_likes_blocked: Share = Field(description="the published threshold blocks at most this share")
+    rate_pseudo_events: float = Field(gt=0, description="smoothing of item and user rates")
+
+
+class BlockListConfig(_Model):
+    """What is published."""
+
+    valid_days: Positive = Field(description="days an entry holds after ds")
+    min_page_share: Share = Field(description="`allowed` never leaves less than this share of a page")
+
+
+class ImportConfig(_Model):
+    """Reading logs."""
+
+    max_quarantined: Share = Field(description="above this share of malformed rows, nothing is imported")
+
+
+class SparkConfig(_Model):
+    """The Spark session of `negrec`; under spark-submit the cluster's settings win."""
+
+    master: str | None = Field(description="null: what spark-submit says")
+    driver_memory: str = Field(description="heap of the driver, as 2g")
+    shuffle_partitions: Positive = Field(description="partitions after a shuffle")
+    conf: dict[str, str] = Field(description="further Spark properties")
+
+
+class Config(_Model):
+    """All settings of negrec."""
+
+    timezone: str = Field(description="IANA time zone of the log date")
+    buckets: Positive = Field(description="user buckets per day, the shards of generation")
+    window_days: Positive = Field(description="trailing window of feedback")
+    anchors: Literal["end_of_day", "explicit"] = Field(
+        description="explicit: one anchor per user, from the table `anchor`"
+    )
+    imports: ImportConfig
+    feedback: FeedbackConfig
+    swing: SwingConfig
+    context: ContextConfig
+    labels: LabelConfig
+    codebook: CodebookConfig
+    generator: GeneratorConfig
+    generation: GenerationConfig
+    calibration: CalibrationConfig
+    block_list: BlockListConfig
+    spark: SparkConfig
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        if value not in zoneinfo.available_timezones():
+            raise ValueError("expected an IANA time zone such as UTC or Asia/Shanghai")
+        return value
+
+    def digest(self) -> str:
+        """Digest of the effective settings, recorded in every commit."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def end_of_day(self, ds: str) -> dt.datetime:
+        """The anchor of a daily run: last microsecond of the log date `ds`, as a UTC time."""
+        zone = zoneinfo.ZoneInfo(self.timezone)
+        following = dt.date.fromisoformat(ds) + dt.timedelta(days=1)
+        midnight = dt.datetime.combine(following, dt.time(), zone)
+        return midnight.astimezone(dt.UTC) - dt.timedelta(microseconds=1)
+
+
+def load_config(
+    overlays: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Config:
+    """Read `conf/base.yaml`, overlays (names in conf/ or YAML files), environment, settings.
+
+    Raises:
+        ConfigError: an unknown overlay, key or value; the message names its source.
+    """
+    tree: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name in ("base", *overlays):
+        file = overlay_path(name)
+        _merge(tree, read_yaml(file), str(file), origin)
+    for variable, value in sorted((os.environ if environment is None else environment).items()):
+        if variable.startswith(_ENV_PREFIX):
+            path = variable.removeprefix(_ENV_PREFIX).lower().split("__")
+            _set(tree, path, value, f"environment {variable}", origin)
+    for setting in settings:
+        dotted, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: write it as a.b=value")
+        _set(tree, dotted.split("."), value, f"--set {setting}", origin)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(validation_line(error, "configuration", origin)) from None
+
+
+def overlay_path(name: str) -> Path:
+    """Path of an overlay: a file if it looks like one, else a name in conf/.
+
+    Raises:
+        ConfigError: conf/ has no overlay of that name.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    known = {path.stem: path for path in resource("conf").glob("*.yaml")}
+    if name not in known:
+        raise ConfigError(
+            f"overlay {name}: conf/ has {', '.join(sorted(known.keys() - {'base'})) or 'none'};"
+            " choose one of these, or give the path of a YAML file"
+        )
+    return known[name]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping; ConfigError names the file and the line that is wrong."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings")
+    return tree
+
+
+def validation_line(error: ValidationError, what: str, origin: Mapping[str, str]) -> str:
+    """One line for the first problem of a pydantic error: where it is, what was expected."""
+    first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "extra_forbidden":
+        message = "there is no such setting"
+    elif first["type"] == "model_type":
+        message = "expected a mapping of settings"
+    elif first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+    given = "" if first["type"] in ("missing", "extra_forbidden") else f", not {first['input']!r}"
+    source = next((origin[key] for key in _prefixes(dotted) if key in origin), origin.get("", what))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{source}: {dotted}: {message}{given}{more}"
+
+
+def _prefixes(dotted: str) -> list[str]:
+    parts = dotted.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _set(tree: dict[str, Any], path: list[str], text: str, source: str, origin: dict[str, str]) -> None:
+    """Set one value by its path; unlike an overlay it leaves the rest of a free-form map alone."""
+    if not all(path):
+        raise ConfigError(f"{source}: a part of the name is empty; write it as a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{source}: the value is not valid YAML") from None
+    for depth, part in enumerate(path[:-1], 1):
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
+            origin[".".join(path[:depth])] = source
+        tree = tree[part]
+    _merge(tree, {path[-1]: value}, source, origin, ".".join(path[:-1]))
+
+
+# Free-form maps are replaced whole: an overlay that lists its own actions does not inherit others.
+_WHOLE = {"feedback.polarity", "feedback.reasons", "generation.engine_options"}
+
+
+def _merge(
+    tree: dict[str, Any], over: dict[str, Any], source: str, origin: dict[str, str], at: str = ""
+) -> None:
+    for key, value in over.items():
+        dotted = f"{at}.{key}" if at else str(key)
+        origin[dotted] = source
+        if isinstance(value, dict) and isinstance(tree.get(key), dict) and dotted not in _WHOLE:
+            _merge(tree[key], value, source, origin, dotted)
+        else:
+            tree[key] = value

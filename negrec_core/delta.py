@@ -1,0 +1,391 @@
+"""The one Delta module: how tables are created, committed and read (DESIGN section 9).
+
+Data files are written first, by Spark executors or by Arrow, into a run directory
+`<table>/run=<id>/<partition columns>/`; then the driver checks them and replaces whole partitions
+in one transaction. delta-rs records transaction ids but does not enforce them, so that is done
+here: a partition has a revision, recorded as transaction `negrec.<table>.<ds>`, and a commit must
+raise it.
+"""
+
+import datetime as dt
+import fcntl
+import json
+import logging
+import shutil
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds_
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+
+from negrec_core.delta_files import check_schema, checked_files
+from negrec_core.errors import ConfigError, ConflictError, InputError, MissingError, NegrecError
+from negrec_core.schemas import TABLES, Table
+
+log = logging.getLogger("negrec")
+
+_COMMIT_ATTEMPTS = 10
+_CHECKPOINT_INTERVAL = 100
+# Spark reads these in a path as patterns, delta-rs as escapes.
+_PATTERN_CHARACTERS = frozenset("*?[]{}%\\")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a commit's metadata records about how its rows came to be (DESIGN section 9, rule 8).
+
+    Attributes:
+        inputs: table -> Delta version it was read at.
+        models: model name -> version used.
+        config_digest: digest of the effective configuration.
+        code_version: version of negrec.
+    """
+
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    config_digest: str = ""
+    code_version: str = ""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit of day partitions, as its metadata tells it.
+
+    Attributes:
+        version: Delta version of the table after it.
+        days: the `ds` that it replaced -> their revision.
+        provenance: where the rows came from.
+    """
+
+    version: int
+    days: dict[str, int]
+    provenance: Provenance
+
+
+class DeltaStore:
+    """The Delta tables under one warehouse directory.
+
+    Every method opens the table afresh: a delta-rs handle does not advance by itself.
+
+    Raises:
+        ConfigError: the directory's path holds a character that Spark or delta-rs misreads.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).absolute()
+        odd = sorted(_PATTERN_CHARACTERS.intersection(str(self.root)))
+        if odd:
+            raise ConfigError(
+                f"warehouse {self.root}: a path with {' '.join(odd)} cannot be used; choose another"
+            )
+
+    def path(self, table: str) -> Path:
+        return self.root / "tables" / table
+
+    def create_tables(self) -> None:
+        """Create all missing tables; safe to repeat, and safe when several processes start at once.
+
+        Two concurrent creations of a Delta table can both succeed, so this step takes a file lock,
+        which the operating system gives back when its holder dies.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".create.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for table in TABLES.values():
+                path = self.path(table.name)
+                if not DeltaTable.is_deltatable(str(path)):
+                    DeltaTable.create(
+                        path,
+                        table.schema,
+                        partition_by=list(table.partition_by),
+                        description=table.about,
+                        # The log holds the provenance and the versions that were pinned, and by
+                        # default its entries go after 30 days.
+                        configuration={"delta.enableExpiredLogCleanup": "false"},
+                    )
+
+    def handle(self, table: str, version: int | None = None) -> DeltaTable:
+        """Open a table at its newest or at a given version.
+
+        Raises:
+            MissingError: the table was never created, or has no such version.
+            InputError: its schema is not the declared one.
+        """
+        try:
+            handle = DeltaTable(self.path(table), version=version)
+        except TableNotFoundError:
+            raise MissingError(
+                f"table {table}: not found under {self.root}; give the warehouse with --warehouse,"
+                " or import a log first"
+            ) from None
+        except DeltaError as error:
+            if version is None or version <= self.version(table):
+                raise
+            raise MissingError(
+                f"table {table}: there is no version {version} yet under {self.root}; read another"
+            ) from error
+        declared = TABLES[table]
+        check_schema(
+            table,
+            f"{self.path(table)} was made by another release; start a new warehouse",
+            pa.schema(handle.schema().to_arrow()),
+            declared.schema,
+        )
+        return handle
+
+    def version(self, table: str) -> int:
+        """Newest Delta version of a table."""
+        return self.handle(table).version()
+
+    def revision(self, table: str, ds: str) -> int:
+        """Revision of the partition `ds`: 0 if it was never committed (an empty one counts)."""
+        return self.handle(table).transaction_version(_app_id(table, ds)) or 0
+
+    def days(self, table: str) -> list[str]:
+        """The `ds` values that hold rows, ascending."""
+        return sorted({p["ds"] for p in self.handle(table).partitions()})
+
+    def require(self, table: str, days: Iterable[str], hint: str) -> None:
+        """Raise MissingError, naming the first, if any of the days was never committed."""
+        handle = self.handle(table)
+        for day in days:
+            if not handle.transaction_version(_app_id(table, day)):
+                raise MissingError(f"table {table}: no partition ds={day}; {hint}")
+
+    def read(
+        self,
+        table: str,
+        columns: Sequence[str] | None = None,
+        *,
+        days: Sequence[str] | None = None,
+        version: int | None = None,
+    ) -> pa.Table:
+        """Read columns of the given `ds` partitions (all by default) into memory."""
+        wanted = None if days is None else pc.field("ds").isin(pa.array(days, pa.string()))
+        dataset = self.handle(table, version).to_pyarrow_dataset()
+        return dataset.to_table(columns=None if columns is None else list(columns), filter=wanted)
+
+    def files(self, table: str, days: Iterable[str] | None = None, version: int | None = None) -> list[str]:
+        """Absolute paths of the live data files of the given `ds` partitions (all by default)."""
+        wanted = None if days is None else set(days)
+        actions = pa.table(self.handle(table, version).get_add_actions(flatten=True))
+        if not actions.num_rows:  # then there is no column partition.ds either
+            return []
+        return [
+            str(self.path(table) / urllib.parse.unquote(path))
+            for path, ds in zip(actions["path"].to_pylist(), actions["partition.ds"].to_pylist(), strict=True)
+            if wanted is None or ds in wanted
+        ]
+
+    def commits(self, table: str, limit: int | None = None) -> list[Commit]:
+        """Commits of day partitions, newest first, among the last `limit` entries of the log."""
+        return [
+            Commit(
+                entry["version"],
+                json.loads(entry["negrec.days"]),
+                Provenance(**json.loads(entry["negrec.provenance"])),
+            )
+            for entry in self.handle(table).history(limit)
+            if "negrec.days" in entry
+        ]
+
+    def commit_of(self, table: str, ds: str, version: int | None = None) -> Commit:
+        """The commit that the partition `ds` holds, as of a table version (default: the newest).
+
+        Raises:
+            MissingError: the partition was never committed.
+        """
+        for commit in self.commits(table):
+            if ds in commit.days and (version is None or commit.version <= version):
+                return commit
+        raise MissingError(f"table {table}: no partition ds={ds}; run the job for that day")
+
+    def new_run(self, table: str) -> Path:
+        """A run directory that does not exist yet, for one write of `table`."""
+        return self.path(table) / f"run={uuid.uuid4().hex[:16]}"
+
+    def write_arrow(
+        self, table: str, rows: pa.Table, revisions: Mapping[str, int], provenance: Provenance
+    ) -> int:
+        """Write rows held in memory, sorted by key, and commit them; see `commit`."""
+        declared = TABLES[table]
+        ordered = rows.select(declared.schema.names).cast(declared.schema)
+        if declared.key:
+            ordered = ordered.sort_by([(name, "ascending") for name in declared.key])
+        run = self.new_run(table)
+        run.mkdir(parents=True)
+        ds_.write_dataset(
+            ordered,
+            run,
+            format="parquet",
+            partitioning=ds_.partitioning(
+                pa.schema([declared.schema.field(n) for n in declared.partition_by]), flavor="hive"
+            ),
+            max_partitions=1 << 20,
+            use_threads=False,  # threads would lose the order
+        )
+        return self.commit(table, run, revisions, provenance)
+
+    def commit(self, table: str, run: Path, revisions: Mapping[str, int], provenance: Provenance) -> int:
+        """Check the files of a run directory and replace whole `ds` partitions by them, atomically.
+
+        A run that is refused is deleted.
+
+        Args:
+            table: table name.
+            run: directory named by `new_run` and filled by the writer; may hold no data file.
+            revisions: every `ds` that is replaced -> its new revision, which must exceed the old.
+            provenance: recorded in the commit.
+
+        Returns:
+            The Delta version of the commit.
+
+        Raises:
+            InputError: a file is cut, has another schema, another partition, or a bad key.
+            ConflictError: another writer committed one of these partitions since.
+        """
+        if not revisions:
+            raise ValueError("a commit replaces at least one ds")
+        for ds in revisions:
+            _check_day(table, ds)
+        metadata = {
+            "negrec.days": json.dumps(dict(sorted(revisions.items()))),
+            "negrec.provenance": json.dumps(asdict(provenance), sort_keys=True),
+        }
+        transactions = {_app_id(table, ds): revision for ds, revision in revisions.items()}
+        return self._replace(table, run, list(revisions), None, transactions, metadata)
+
+    def shard_done(self, table: str, ds: str, bucket: int, digest: str) -> bool:
+        """Whether the shard (`ds`, `bucket`) holds what was made from inputs with this digest."""
+        handle = self.handle(table)
+        shard = f"{_app_id(table, ds)}.{bucket}"
+        # Equal counts: no commit with another digest came after the one with this.
+        count = handle.transaction_version(shard)
+        return count is not None and handle.transaction_version(f"{shard}.{digest}") == count
+
+    def commit_shard(self, table: str, run: Path, ds: str, bucket: int, digest: str) -> int:
+        """Replace one (`ds`, `bucket`) of a staging table; `shard_done` is true from then on.
+
+        Raises:
+            InputError: as `commit`, or a file of another bucket.
+            ConflictError: another writer committed this shard at the same time.
+        """
+        _check_day(table, ds)
+        shard = f"{_app_id(table, ds)}.{bucket}"
+        count = (self.handle(table).transaction_version(shard) or 0) + 1
+        return self._replace(table, run, [ds], bucket, {shard: count, f"{shard}.{digest}": count}, {})
+
+    def _replace(
+        self,
+        table: str,
+        run: Path,
+        days: list[str],
+        bucket: int | None,
+        transactions: dict[str, int],
+        metadata: dict[str, str],
+    ) -> int:
+        declared = TABLES[table]
+        self.handle(table)  # before the run could be blamed for a missing table
+        filters: list[tuple[str, str, Any]] = [("ds", "in", days)]
+        try:
+            adds = checked_files(declared, self.path(table), run, days)
+            if bucket is not None:
+                filters.append(("bucket", "=", str(bucket)))
+                if any(add.partition_values["bucket"] != str(bucket) for add in adds):
+                    raise InputError(
+                        f"table {table}: {run.name} holds other buckets than {bucket}; nothing was committed"
+                    )
+            return self._commit(declared, adds, filters, transactions, metadata)
+        except NegrecError:
+            # A run that was committed before must stay, whatever is wrong with this commit.
+            if not any(run in Path(file).parents for file in self.files(table)):
+                shutil.rmtree(run, ignore_errors=True)
+            raise
+
+    def _commit(
+        self,
+        declared: Table,
+        adds: Sequence[AddAction],
+        filters: list[tuple[str, str, Any]],
+        transactions: dict[str, int],
+        metadata: dict[str, str],
+    ) -> int:
+        actions: list[AddAction | RemoveAction] = list(adds)
+        properties = CommitProperties(
+            custom_metadata=metadata,
+            max_commit_retries=0,
+            app_transactions=[Transaction(*transaction) for transaction in transactions.items()],
+        )
+        for attempt in range(_COMMIT_ATTEMPTS):
+            # The check and the commit use one handle: whatever is committed between the two makes
+            # this handle stale, and a stale handle always fails here, also for other partitions.
+            handle = self.handle(declared.name)
+            _check_revisions(declared.name, handle, transactions)
+            try:
+                handle.create_write_transaction(
+                    actions,
+                    "overwrite",
+                    handle.schema(),
+                    list(declared.partition_by),
+                    filters,
+                    commit_properties=properties,
+                    # After a commit nothing may fail it any more.
+                    post_commithook_properties=PostCommitHookProperties(
+                        create_checkpoint=False, cleanup_expired_logs=False
+                    ),
+                )
+            except CommitFailedError:
+                time.sleep(0.02 * 2**attempt)
+                continue
+            version = handle.version() + 1
+            if version % _CHECKPOINT_INTERVAL == 0:
+                self._checkpoint(declared.name)
+            return version
+        raise ConflictError(
+            f"table {declared.name}: {_COMMIT_ATTEMPTS} commits in a row lost against other"
+            " writers; run it again when fewer write at once"
+        )
+
+    def _checkpoint(self, table: str) -> None:
+        try:
+            self.handle(table).create_checkpoint()
+        except (DeltaError, OSError) as error:
+            log.warning("table %s: no checkpoint was written (%s); reading gets slower", table, error)
+
+
+def day_range(start: dt.date, end: dt.date) -> list[str]:
+    """ISO days from `start` to `end`, both included."""
+    return [(start + dt.timedelta(days=n)).isoformat() for n in range((end - start).days + 1)]
+
+
+def _app_id(table: str, ds: str) -> str:
+    return f"negrec.{table}.{ds}"
+
+
+def _check_day(table: str, ds: str) -> None:
+    try:
+        iso = dt.date.fromisoformat(ds).isoformat()
+    except ValueError:
+        iso = None
+    if ds != iso:
+        raise InputError(f"table {table}: ds={ds} is not a date such as 2026-01-31")
+
+
+def _check_revisions(table: str, handle: DeltaTable, transactions: Mapping[str, int]) -> None:
+    for app_id, revision in transactions.items():
+        current = handle.transaction_version(app_id) or 0
+        if current >= revision:
+            raise ConflictError(
+                f"table {table}: {app_id.removeprefix(_app_id(table, ''))} is already at revision"
+                f" {current}, this write has {revision}; another run committed it,"
+                " see `negrec status`"
+            )

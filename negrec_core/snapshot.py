@@ -1,0 +1,299 @@
+"""One published block list in memory, with everything that scoring needs.
+
+All reads of a list are pinned to the table versions recorded in its commit, so a list is never
+mixed with newer rates or IDs.
+"""
+
+import datetime as dt
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake.exceptions import DeltaError
+
+from negrec_core.block_score import FEATURES, BlockScore, features
+from negrec_core.codebook import Codebook
+from negrec_core.delta import DeltaStore
+from negrec_core.errors import ArtefactError, InputError, MissingError
+from negrec_core.generator import CODEBOOK, open_codebook
+from negrec_core.semantic_ids import load_semantic_ids
+
+_INPUTS = ("block_score", "item_semantic_id", "item_rate", "user_context")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A list in the warehouse.
+
+    Attributes:
+        ds: its log date.
+        revision: its revision.
+        version: Delta version of `block_list` that was looked at.
+        expires_on: first day on which the list no longer holds: that of its first entry to expire.
+    """
+
+    ds: str
+    revision: int
+    version: int
+    expires_on: dt.date
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One published list with all that scoring needs; never changed, so readers need no locks.
+
+    Attributes:
+        ds: log date of the list.
+        revision: its revision.
+        expires_on: first day on which it no longer holds.
+        score: the calibrated block score.
+        users: user id -> row of `starts` and `user_log_odds`, for users that have entries.
+        starts: int64 [users + 1]; the entries of user row r are `starts[r]:starts[r + 1]`.
+        user_log_odds: smoothed log odds of these users, float64 [users].
+        other_log_odds: user id -> log odds, for users with feedback but without entries.
+        entries: row of `sid_unit` of each entry, int32 [entries].
+        ranks: rank of each entry, int32 [entries].
+        log_probs: float32 [entries].
+        because: nearest past dislike of each entry, dictionary array of strings.
+        reasons: reason class of each entry, dictionary array of strings.
+        items: item id -> row of `item_unit` and `item_log_odds`.
+        item_unit: unit embeddings of the items' IDs, float32 [items + 1, dim]; the last is zero.
+        item_log_odds: float64 [items + 1]; the last is the prior.
+        sid_unit: unit embeddings of the distinct predicted IDs, float32 [n, dim].
+    """
+
+    ds: str
+    revision: int
+    expires_on: dt.date
+    score: BlockScore
+    users: dict[str, int]
+    starts: np.ndarray
+    user_log_odds: np.ndarray
+    other_log_odds: dict[str, float]
+    entries: np.ndarray
+    ranks: np.ndarray
+    log_probs: np.ndarray
+    because: pa.DictionaryArray
+    reasons: pa.DictionaryArray
+    items: dict[str, int]
+    item_unit: np.ndarray
+    item_log_odds: np.ndarray
+    sid_unit: np.ndarray
+
+    def features(self, user_id: str, item_ids: Sequence[str]) -> np.ndarray:
+        """Block-score features [n, F] of items for a user."""
+        rows = np.fromiter(map(self.items.get, item_ids, repeat(-1)), np.intp, len(item_ids))
+        span = self.span(user_id)
+        return features(
+            self.item_unit[rows],
+            self.sid_unit[self.entries[span]],
+            self.log_probs[span],
+            self.item_log_odds[rows],
+            self._log_odds_of(user_id),
+        )
+
+    def span(self, user_id: str) -> slice:
+        """Where the entries of a user are; empty for a user without any."""
+        row = self.users.get(user_id)
+        return slice(0, 0) if row is None else slice(*self.starts[row : row + 2].tolist())
+
+    def _log_odds_of(self, user_id: str) -> float:
+        row = self.users.get(user_id)
+        if row is None:
+            return self.other_log_odds.get(user_id, self.score.prior_log_odds)
+        return float(self.user_log_odds[row])
+
+
+def newest_list(store: DeltaStore, today: dt.date) -> Published:
+    """The list with the newest log date up to `today` that has rows and has not expired.
+
+    Raises:
+        MissingError: there is none.
+        InputError: a list cannot be read.
+    """
+    handle = store.handle("block_list")
+    version = handle.version()
+    held = {partition["ds"] for partition in handle.partitions()}
+    days = sorted((day for day in held if day <= today.isoformat()), reverse=True)
+    expired = {}
+    for day in days:
+        with _reading(f"ds={day}"):
+            expiries = _column(store.files("block_list", [day], version), "expires_on")
+        expires_on = pc.min(expiries).as_py()
+        if expires_on is None:
+            continue
+        if expires_on > today:
+            commit = store.commit_of("block_list", day, version)
+            return Published(day, commit.days[day], version, expires_on)
+        expired[day] = expires_on
+    if not expired:
+        raise MissingError(
+            f"table block_list: nothing was published in {store.root} up to {today}; run `negrec run`"
+        )
+    raise MissingError(
+        f"table block_list: the newest list, ds={max(expired)}, expired on"
+        f" {expired[max(expired)]}; run `negrec run` for a newer day"
+    )
+
+
+def load_snapshot(warehouse: Path | str, today: dt.date) -> Snapshot:
+    """Load the newest valid list with the tables that its commit names, at their versions.
+
+    Raises:
+        MissingError, ArtefactError, InputError: as `BlockList.open`.
+    """
+    store = DeltaStore(warehouse)
+    return load_published(store, newest_list(store, today))
+
+
+def load_block_score(store: DeltaStore, ds: str, version: int) -> tuple[BlockScore, dict[str, str]]:
+    """A day's block score as of a version of its table, and the models that it was fitted with.
+
+    Raises:
+        MissingError: that day has none at that version.
+        ArtefactError: it was fitted on other features.
+    """
+    rows = store.read("block_score", days=[ds], version=version).to_pylist()
+    if not rows:
+        raise MissingError(f"table block_score: no row of ds={ds}; run the stage block_score")
+    row = rows[0]
+    if tuple(row["features"]) != FEATURES:
+        raise ArtefactError(
+            f"table block_score: ds={ds} was fitted on {', '.join(row['features'])}, this version"
+            f" of negrec computes {', '.join(FEATURES)}; run the stage block_score again"
+        )
+    score = BlockScore(
+        np.array(row["coefficients"]),
+        row["intercept"],
+        row["threshold"],
+        row["prior_log_odds"],
+        row["pseudo_events"],
+    )
+    return score, dict(store.commit_of("block_score", ds, version).provenance.models)
+
+
+def load_published(store: DeltaStore, found: Published) -> Snapshot:
+    """Load a list that `newest_list` found; raises as `BlockList.open`."""
+    with _reading(f"ds={found.ds}, revision {found.revision}"):
+        return _read_snapshot(store, found)
+
+
+@contextmanager
+def _reading(which: str) -> Iterator[None]:
+    """Turn what reading damaged or missing files raises into one line."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, DeltaError) as error:
+        # delta-rs colours its messages.
+        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+        raise InputError(
+            f"block list {which}: a table of it cannot be read ({reason}); restore the file, or"
+            " publish again with --force"
+        ) from None
+
+
+def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
+    ds = found.ds
+    provenance = store.commit_of("block_list", ds, found.version).provenance
+    inputs, models = provenance.inputs, provenance.models
+    absent = [name for name in _INPUTS if name not in inputs] + [CODEBOOK] * (CODEBOOK not in models)
+    if absent:
+        raise ArtefactError(
+            f"block list ds={ds}: its commit does not name the version of {', '.join(absent)};"
+            " publish again with --force"
+        )
+    score, _ = load_block_score(store, ds, inputs["block_score"])
+    codebook, _ = open_codebook(store.root / "models", models[CODEBOOK])
+    ids = load_semantic_ids(store, models[CODEBOOK], ds, inputs["item_semantic_id"])
+    if not ids.items:
+        raise MissingError(
+            f"table item_semantic_id: no item known on ds={ds} has an ID under codebook"
+            f" {models[CODEBOOK]}; run the stage item_semantic_id"
+        )
+    rates = store.read("item_rate", ["item_id", "log_odds"], days=[ds], version=inputs["item_rate"])
+    log_odds = dict(zip(rates["item_id"].to_pylist(), rates["log_odds"].to_pylist(), strict=True))
+    prior = score.prior_log_odds
+    # Column by column: the whole table would take twice the memory.
+    files = store.files("block_list", [ds], found.version)
+    names, starts, order = _grouped(_column(files, "user_id"), _column(files, "rank"))
+    user_log_odds = _user_log_odds(store, ds, inputs["user_context"], score)
+    try:
+        item_unit = codebook.unit(ids.codes)
+        entries, sid_unit = _distinct(_column(files, "codes", order), codebook)
+    except InputError as error:
+        raise ArtefactError(
+            f"block list ds={ds}: codebook {models[CODEBOOK]} is not the one of its IDs ({error});"
+            " restore that codebook"
+        ) from None
+    return Snapshot(
+        ds=ds,
+        revision=found.revision,
+        expires_on=found.expires_on,
+        score=score,
+        users={name: row for row, name in enumerate(names)},
+        starts=starts,
+        user_log_odds=np.array([user_log_odds.pop(name, prior) for name in names]),
+        other_log_odds=user_log_odds,
+        entries=entries,
+        ranks=_column(files, "rank", order).to_numpy(),
+        log_probs=_column(files, "log_prob", order).to_numpy(),
+        because=_column(files, "because_item_id", order).dictionary_encode().combine_chunks(),
+        reasons=_column(files, "reason_class", order).dictionary_encode().combine_chunks(),
+        items=ids.index,
+        item_unit=np.vstack([item_unit, np.zeros((1, codebook.dim), np.float32)]),
+        item_log_odds=np.array([*(log_odds.get(item, prior) for item in ids.items), prior]),
+        sid_unit=sid_unit,
+    )
+
+
+def _column(files: Sequence[str], name: str, order: np.ndarray | None = None) -> pa.ChunkedArray:
+    """One column of data files, one file after another; `order` rearranges the rows."""
+    parts = [pq.ParquetFile(file).read(columns=[name]) for file in files]
+    column = pa.concat_tables(parts)[name]
+    return column if order is None else column.take(pa.array(order))
+
+
+def _grouped(
+    user_ids: pa.ChunkedArray, ranks: pa.ChunkedArray
+) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """Users, where the entries of each start (int64 [users + 1]), and the order by user and rank.
+
+    The order is None where rows are in it already: as published they are, and strings are slow to
+    sort.
+    """
+    users = user_ids.dictionary_encode().combine_chunks()
+    row = users.indices.to_numpy().astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row))])
+    row <<= 32
+    row += ranks.to_numpy()
+    order = np.argsort(row) if (row[1:] <= row[:-1]).any() else None
+    return users.dictionary.to_pylist(), starts, order
+
+
+def _distinct(codes: pa.ChunkedArray, codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
+    """Row int32 [n] of each ID among the distinct ones, and the unit embeddings of those."""
+    lengths = pc.unique(pc.list_value_length(codes)).to_pylist()
+    if lengths != [codebook.levels]:
+        raise InputError(f"IDs of {lengths} codes where it has {codebook.levels} levels")
+    flat = pc.list_flatten(codes).to_numpy().reshape(-1, codebook.levels)
+    row = np.zeros(len(flat), np.int64)
+    for level in range(codebook.levels):
+        # Numbering the prefixes anew at each level keeps the keys small, however many levels.
+        keys = pa.array((row << 32) + flat[:, level]).dictionary_encode()
+        row = keys.indices.to_numpy().astype(np.int64)
+    some_entry = np.empty(len(keys.dictionary), np.int64)
+    some_entry[row] = np.arange(len(row))
+    return row.astype(np.int32), codebook.unit(flat[some_entry])
+
+
+def _user_log_odds(store: DeltaStore, ds: str, version: int, score: BlockScore) -> dict[str, float]:
+    counts = store.read("user_context", ["user_id", "n_negatives", "n_positives"], days=[ds], version=version)
+    odds = score.user_log_odds(counts["n_negatives"].to_numpy(), counts["n_positives"].to_numpy())
+    return dict(zip(counts["user_id"].to_pylist(), odds.tolist(), strict=True))

@@ -1,0 +1,43 @@
+"""What every test runs under: no network, this interpreter in Spark workers, repeatable search."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before any library reads them at import.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+    PYSPARK_PYTHON=sys.executable,
+    PYSPARK_DRIVER_PYTHON=sys.executable,
+)
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+# Two cores under load make any deadline a coin toss. In CI the examples are the same every time.
+settings.register_profile("negrec", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("negrec")
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def public_data() -> Callable[[str], Path]:
+    """`public_data("ml-100k")` is that data set's folder; the test is skipped where it is absent.
+
+    The folders lie in `NEGREC_DATA`, by default `../shared/data` beside the repository.
+    """
+    root = Path(os.environ.get("NEGREC_DATA", REPO.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            pytest.skip(f"public data set {name} is not in {root} (set NEGREC_DATA)")
+        return path
+
+    return find

@@ -1,0 +1,258 @@
+"""Spark writes, delta-rs commits, Spark and pyarrow read: the same rows; and what is refused."""
+
+import datetime as dt
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from jobs.context import (
+    JobContext,
+    Warehouse,
+    bucket_of,
+    read_files,
+    spark_schema,
+    with_partitions,
+    write_files,
+)
+from negrec_core.config import load_config
+from negrec_core.delta import DeltaStore, Provenance
+from negrec_core.errors import ConflictError, InputError, MissingError
+from negrec_core.schemas import TABLES
+
+Frame = Callable[..., DataFrame]
+TABLE = "user_context"
+D1, D2, D3 = "2026-03-01", "2026-03-02", "2026-03-03"
+NOTHING = Provenance()
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse with all tables, to be copied."""
+    root = tmp_path_factory.mktemp("fresh") / "warehouse"
+    DeltaStore(root).create_tables()
+    return root
+
+
+@pytest.fixture
+def store(fresh: Path, tmp_path: Path) -> DeltaStore:
+    root = tmp_path / "ware house"
+    shutil.copytree(fresh, root)
+    return DeltaStore(root)
+
+
+def at(*parts: int) -> dt.datetime:
+    return dt.datetime(*parts, tzinfo=dt.UTC)
+
+
+def event(item: str | None, when: dt.datetime | None, reason: str | None = None) -> dict[str, Any]:
+    return {"item_id": item, "event_time": when, "reason_class": reason}
+
+
+# Nulls and empties at every depth, microseconds, a time before 1970, odd strings.
+CONTEXTS: list[dict[str, Any]] = [
+    {
+        "user_id": "ü/%20 =,'\"",
+        "anchor_time": at(2026, 3, 1, 23, 59, 59, 999999),
+        "negatives": [
+            event("i1", at(2026, 2, 28, 1, 2, 3, 456789), "category"),
+            event("i2", at(1969, 12, 31, 23, 59, 59, 1)),
+            event(None, None),
+            None,
+        ],
+        "positives": [],
+        "n_negatives": 4,
+        "n_positives": 0,
+    },
+    {
+        "user_id": "u2",
+        "anchor_time": None,
+        "negatives": None,
+        "positives": [event("", at(2026, 3, 1))],
+        "n_negatives": None,
+        "n_positives": -(2**31),
+    },
+    {
+        "user_id": "",
+        "anchor_time": at(9999, 12, 31),
+        "negatives": [],
+        "positives": None,
+        "n_negatives": 2**31 - 1,
+        "n_positives": 1,
+    },
+]
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    return sorted(table.to_pylist(), key=lambda row: (row["ds"], row["user_id"]))
+
+
+def write(store: DeltaStore, frame: DataFrame, ds: str, revision: int = 1, buckets: int = 4) -> Path:
+    run = store.new_run(TABLE)
+    write_files(with_partitions(frame, TABLE, ds, buckets), TABLE, run)
+    store.commit(TABLE, run, {ds: revision}, NOTHING)
+    return run
+
+
+def test_round_trip(spark: SparkSession, frame: Frame, store: DeltaStore) -> None:
+    made = frame(TABLE, CONTEXTS).drop("ds", "bucket")
+    run = write(store, made, D1)
+    write(store, made.where("user_id = 'u2'"), D2)
+    assert (run / "_SUCCESS").exists()
+
+    by_spark = read_files(spark, store, TABLE, store.files(TABLE))
+    assert by_spark.schema == spark_schema(TABLE)
+    by_pyarrow = store.read(TABLE)
+    assert by_pyarrow.schema.equals(TABLES[TABLE].schema)
+    found = rows_of(by_pyarrow)
+    assert rows_of(by_spark.toArrow()) == found
+    assert [(row["ds"], row["user_id"]) for row in found] == [
+        *((D1, user) for user in sorted(row["user_id"] for row in CONTEXTS)),
+        (D2, "u2"),
+    ]
+    body = [{k: v for k, v in row.items() if k not in ("ds", "bucket")} for row in found]
+    assert body[:3] == sorted(CONTEXTS, key=lambda row: row["user_id"])
+    assert body[3] == CONTEXTS[1]
+
+    one_day = read_files(spark, store, TABLE, store.files(TABLE, [D2]))
+    assert rows_of(one_day.toArrow()) == rows_of(store.read(TABLE, days=[D2]))
+    assert read_files(spark, store, TABLE, []).schema == spark_schema(TABLE)
+
+
+def test_files_are_as_declared(frame: Frame, store: DeltaStore) -> None:
+    """One sorted file per bucket, whose path says the bucket; times in microseconds, not INT96."""
+    contexts = [{"user_id": f"user-{n * 37 % 200:03}", "anchor_time": at(2026, 3, 1)} for n in range(200)]
+    write(store, frame(TABLE, contexts).drop("ds", "bucket"), D1)
+    files = [Path(file) for file in store.files(TABLE)]
+    assert sorted(file.parent.name for file in files) == [f"bucket={n}" for n in range(4)]
+    assert {file.parents[1].name for file in files} == {f"ds={D1}"}
+    for file in files:
+        stored = pq.ParquetFile(file)
+        assert stored.schema.column(1).physical_type == "INT64"
+        users = stored.read(["user_id"])["user_id"].to_pylist()
+        assert len(users) > 1
+        assert users == sorted(users)
+
+
+def test_an_empty_frame_replaces(spark: SparkSession, frame: Frame, store: DeltaStore) -> None:
+    made = frame(TABLE, CONTEXTS).drop("ds", "bucket")
+    write(store, made, D1)
+    run = write(store, made.where("false"), D1, revision=2)
+    assert run.is_dir()
+    assert store.files(TABLE) == []
+    assert store.revision(TABLE, D1) == 2
+    assert read_files(spark, store, TABLE, store.files(TABLE)).count() == 0
+
+
+def test_duplicate_users_of_a_frame_are_refused(frame: Frame, store: DeltaStore) -> None:
+    twice = frame(TABLE, CONTEXTS).drop("ds", "bucket")
+    write(store, twice, D1)
+    run = store.new_run(TABLE)
+    write_files(with_partitions(twice.union(twice), TABLE, D1, 4), TABLE, run)
+    with pytest.raises(InputError, match=r"repeat a key, for example user_id="):
+        store.commit(TABLE, run, {D1: 2}, NOTHING)
+    assert not run.exists()
+    assert store.read(TABLE).num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "complaints"),
+    [
+        (lambda f: f.drop("negatives"), ["negatives is absent where array<struct<"]),
+        (lambda f: f.withColumn("mood", F.lit(1)), ["mood is int where no column is declared"]),
+        (
+            lambda f: f.withColumn("n_negatives", F.lit(1).cast("bigint")),
+            ["n_negatives is bigint where int is declared"],
+        ),
+        (
+            lambda f: f.drop("user_id").withColumn("ds", F.lit(20260301)).withColumn("x", F.lit("")),
+            [
+                "user_id is absent where string is declared",
+                "ds is int where string is declared",
+                "x is string where no column is declared",
+            ],
+        ),
+    ],
+    ids=["missing", "extra", "wrong type", "all at once"],
+)
+def test_with_partitions_names_what_is_wrong(frame: Frame, change, complaints: list[str]) -> None:
+    made = change(frame(TABLE, CONTEXTS))
+    with pytest.raises(InputError) as caught:
+        with_partitions(made, TABLE, D1, 4)
+    line = str(caught.value)
+    assert line.startswith(f"table {TABLE}: ")
+    assert line.endswith("nothing was written")
+    assert "\n" not in line
+    assert line.count(" is declared") == len(complaints)
+    for complaint in complaints:
+        assert complaint in line
+
+
+def test_with_partitions_orders_columns_and_adds_what_is_absent(frame: Frame) -> None:
+    made = frame(TABLE, CONTEXTS).drop("ds", "bucket")
+    shuffled = made.select(*reversed(made.columns))
+    done = with_partitions(shuffled, TABLE, D1, 4)
+    assert done.columns == TABLES[TABLE].schema.names
+    rows = done.collect()
+    assert {row.ds for row in rows} == {D1}
+    expected = made.select("user_id", bucket_of(F.col("user_id"), 4)).collect()
+    assert {row.user_id: row.bucket for row in rows} == dict(expected)
+    # What a frame has itself is kept.
+    own = made.withColumn("ds", F.lit(D2)).withColumn("bucket", F.lit(3))
+    kept = with_partitions(own, TABLE, D1, 4).select("ds", "bucket").distinct().collect()
+    assert [tuple(row) for row in kept] == [(D2, 3)]
+
+
+def test_bucket_of_is_stable(spark: SparkSession) -> None:
+    """Values by the xxhash library: a bucket that moved would split a user's rows over two."""
+    users = spark.createDataFrame([("",), ("1",), ("user-1",), ("ü",)], "user_id string")
+    found = users.select("user_id", bucket_of(F.col("user_id"), 64).alias("b")).collect()
+    assert {row.user_id: row.b for row in found} == {"": 4, "1": 16, "user-1": 35, "ü": 20}
+    many = spark.range(5000).select(bucket_of(F.col("id").cast("string"), 7).alias("b"))
+    counts = {row.b: row["count"] for row in many.groupBy("b").count().collect()}
+    assert sorted(counts) == list(range(7))
+    assert min(counts.values()) > 600
+
+
+@pytest.fixture
+def warehouse(spark: SparkSession, store: DeltaStore) -> Warehouse:
+    opened = Warehouse(store.root, load_config(environment={}))
+    opened.spark = spark
+    return opened
+
+
+def test_a_job_context_records_what_it_read(frame: Frame, warehouse: Warehouse) -> None:
+    contexts = frame(TABLE, CONTEXTS).drop("ds", "bucket")
+    assert JobContext(warehouse, D1).write(TABLE, contexts) == 1
+    ctx = JobContext(warehouse, D2)
+    ctx.use_model("generator", "v7")
+    version = ctx.write(TABLE, ctx.read(TABLE, [D1]).where("user_id = 'u2'").drop("ds", "bucket"))
+    commit = ctx.store.commit_of(TABLE, D2)
+    assert (commit.version, commit.days) == (version, {D2: 1}) == (2, {D2: 1})
+    assert commit.provenance.inputs == {TABLE: 1}
+    assert commit.provenance.models == {"generator": "v7"}
+    assert commit.provenance.config_digest == warehouse.config.digest()
+    with pytest.raises(ConflictError):
+        ctx.write(TABLE, contexts)
+    with pytest.raises(MissingError, match=rf"{TABLE}: no partition ds={D3}; run `negrec backfill"):
+        ctx.require(TABLE, [D3])
+
+
+def test_a_window_with_a_day_missing_is_refused(frame: Frame, warehouse: Warehouse) -> None:
+    row = {"user_id": "u", "item_id": "i", "event_time": at(2026, 3, 1), "action": "skip"}
+    log = frame("behavior_log", [row]).drop("ds", "bucket")
+    for day in (D1, D3):
+        JobContext(warehouse, day).write("behavior_log", log)
+    with pytest.raises(MissingError, match=rf"behavior_log: no partition ds={D2}; import the log"):
+        JobContext(warehouse, D3).read_window("behavior_log")
+    JobContext(warehouse, D2).write("behavior_log", log.where("false"))
+    window = JobContext(warehouse, D3).read_window("behavior_log")
+    assert sorted(row.ds for row in window.collect()) == [D1, D3]
+    late = JobContext(warehouse, D3).read_window("behavior_log", dt.date(2026, 3, 2))
+    assert [row.ds for row in late.collect()] == [D3]

@@ -1,0 +1,143 @@
+"""Small warehouses for tests: the tables and the codebook behind one published block list."""
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from negrec_core.artefacts import Manifest, new_version, seal
+from negrec_core.block_score import FEATURES, BlockScore
+from negrec_core.codebook import Codebook
+from negrec_core.delta import DeltaStore, Provenance
+from negrec_core.generator import CODEBOOK
+from negrec_core.schemas import TABLES
+
+Codes = tuple[int, ...]
+DS = "2026-03-10"
+PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.5, 0.5]), -2.0, 0.5, -1.0, 5.0)
+
+
+class Entry(NamedTuple):
+    """One predicted semantic ID of a user; entries are ranked in the order given."""
+
+    codes: Codes
+    log_prob: float = -1.0
+    because: str | None = None
+    reason: str | None = None
+
+
+def small_codebook(code_counts: Sequence[int] = (4, 4, 4), dim: int = 8, seed: int = 0) -> Codebook:
+    """A codebook of random codewords."""
+    rng = np.random.default_rng(seed)
+    return Codebook((), tuple(rng.normal(size=(n, dim)).astype(np.float32) for n in code_counts))
+
+
+def save_codebook(root: Path, codebook: Codebook, until: str = DS) -> Manifest:
+    """Store a codebook as a complete model of the warehouse."""
+    path = new_version(root / "models", CODEBOOK)
+    codebook.save(path)
+    parameters = {"until": until, "encoder": "minilm"}
+    return seal(path, parameters=parameters, metrics={}, inputs={})
+
+
+def write_rows(
+    store: DeltaStore,
+    table: str,
+    rows: Sequence[Mapping[str, Any]],
+    ds: str,
+    revision: int = 1,
+    provenance: Provenance | None = None,
+) -> int:
+    """Replace one day of a table by rows; columns that they lack are null, bucket is 0."""
+    schema = TABLES[table].schema
+    whole = [{"bucket": 0, **row, "ds": ds} for row in rows]
+    frame = pa.Table.from_pylist(whole, schema)
+    return store.write_arrow(table, frame, {ds: revision}, provenance or Provenance())
+
+
+def score_row(score: BlockScore) -> dict[str, Any]:
+    """The row of `block_score` that stands for a score."""
+    return {
+        "features": list(FEATURES),
+        "coefficients": score.coefficients.tolist(),
+        "intercept": score.intercept,
+        "threshold": score.threshold,
+        "prior_log_odds": score.prior_log_odds,
+        "pseudo_events": score.pseudo_events,
+    }
+
+
+def publish(
+    root: Path,
+    codebook_version: str,
+    items: Mapping[str, Codes],
+    entries: Mapping[str, Sequence[Entry]],
+    *,
+    ds: str = DS,
+    revision: int = 1,
+    score: BlockScore = PLAIN_SCORE,
+    rates: Mapping[str, float] | None = None,
+    counts: Mapping[str, tuple[int, int]] | None = None,
+    expires_on: dt.date | None = None,
+) -> DeltaStore:
+    """Write every table of a block list, the list last.
+
+    Args:
+        root: the warehouse.
+        codebook_version: version that `save_codebook` made.
+        items: item -> its semantic ID; those that have one from an earlier `ds` keep it.
+        entries: user -> predicted IDs.
+        ds: log date.
+        revision: revision of all partitions.
+        score: the block score.
+        rates: item -> log odds.
+        counts: user -> (dislikes, likes).
+        expires_on: default: eight days after `ds`.
+    """
+    store = DeltaStore(root)
+    store.create_tables()
+    models = {CODEBOOK: codebook_version}
+    known = {
+        row["item_id"]
+        for row in store.read("item_semantic_id", ["item_id", "ds"]).to_pylist()
+        if row["ds"] < ds
+    }
+    until = expires_on or dt.date.fromisoformat(ds) + dt.timedelta(days=8)
+    tables: dict[str, list[dict[str, Any]]] = {
+        "item_semantic_id": [
+            {"codebook_version": codebook_version, "item_id": item, "codes": codes}
+            for item, codes in items.items()
+            if item not in known
+        ],
+        "item_rate": [{"item_id": item, "log_odds": odds} for item, odds in (rates or {}).items()],
+        "user_context": [
+            {"user_id": user, "n_negatives": n, "n_positives": p, "bucket": len(user) % 2}
+            for user, (n, p) in (counts or {}).items()
+        ],
+        "block_score": [score_row(score)],
+    }
+    inputs = {
+        table: write_rows(store, table, rows, ds, revision, Provenance(models=models))
+        for table, rows in tables.items()
+    }
+    listed = [
+        {
+            "user_id": user,
+            "rank": rank,
+            "codes": entry.codes,
+            "score": 0.5,
+            "log_prob": entry.log_prob,
+            "because_item_id": entry.because,
+            "because_similarity": None if entry.because is None else 0.5,
+            "reason_class": entry.reason,
+            "expires_on": until,
+            "bucket": len(user) % 2,
+        }
+        for user, own in entries.items()
+        for rank, entry in enumerate(own, 1)
+    ]
+    write_rows(store, "block_list", listed, ds, revision, Provenance(inputs, models))
+    return store

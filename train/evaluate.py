@@ -1,0 +1,282 @@
+"""`negrec evaluate`: a published list against what its users did next (DESIGN section 8).
+
+One row is a (user, anchor). The block score and the rules it is compared with see the same events: all
+feedback before the anchors. Nothing here changes a table.
+"""
+
+import datetime as dt
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from negrec_core.block_score import FEATURES, smoothed_log_odds
+from negrec_core.blocklist import Snapshot, load_snapshot
+from negrec_core.config import Config
+from negrec_core.delta import DeltaStore
+from negrec_core.errors import MissingError
+from negrec_core.generator import CODEBOOK
+from negrec_core.metrics import Estimate, auc, blocked_at, bootstrap, within_user_auc
+from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.trie import Trie
+
+OURS, RANDOM = "negrec", "random"
+TIMES_DISLIKED, ITEM_RATE, ITEM_USER_RATE = "times disliked", "item rate", "item + user rate"
+_PREDICTED = 20
+_LONG_TAIL_USER = 3
+_LONG_TAIL_ITEM = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one method; the names are those of DESIGN section 8."""
+
+    method: str
+    blocked_at_1: Estimate
+    blocked_at_5: Estimate
+    auc: Estimate
+    within_user_auc: Estimate
+    hr: Estimate
+    fhr: Estimate
+    luf: Estimate
+    lif: Estimate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All figures of one list.
+
+    Attributes:
+        ds: log date of the list.
+        seed: of the random method and the bootstrap.
+        users: users with judged exposures after their anchors.
+        dislikes: disliked exposures.
+        likes: liked exposures.
+        listed: users with a list.
+        illegal: predicted IDs that no item has.
+        rows: the methods, ours first.
+        without: feature -> share of dislikes blocked at 1 % of likes with the feature held at its
+            mean: what each part of the block score adds.
+        threshold: the published one.
+        likes_over: share of the likes at or over it.
+        dislikes_over: share of the dislikes at or over it.
+    """
+
+    ds: str
+    seed: int
+    users: int
+    dislikes: int
+    likes: int
+    listed: int
+    illegal: int
+    rows: list[Row]
+    without: dict[str, float]
+    threshold: float
+    likes_over: float
+    dislikes_over: float
+
+
+def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluation:
+    """Judge the list of `ds` by the feedback of the horizon after its anchors.
+
+    Raises:
+        MissingError: no list for `ds`, or nothing was logged after it.
+    """
+    store = DeltaStore(warehouse)
+    store.require("block_list", [ds], f"run `negrec run --ds {ds}`")
+    snapshot = load_snapshot(warehouse, dt.date.fromisoformat(ds))
+    past, future = split_feedback(store, config, ds)
+    exposures = judged(future)
+    if exposures["disliked"].nunique() < 2:
+        raise MissingError(
+            f"table feedback: no dislikes and likes within {config.labels.horizon_days} days after"
+            f" ds={ds}; import the days that follow and backfill `feedback`"
+        )
+    version = store.commit_of("block_list", ds).provenance.models[CODEBOOK]
+    ids = load_semantic_ids(store, version, ds)
+    trie = Trie.build(ids.codes, tuple(int(n) + 1 for n in ids.codes.max(0)))
+    leaf_of_item = dict(zip(ids.items, trie.find(ids.codes).tolist(), strict=True))
+    predicted, illegal = load_predictions(store, ds, trie)
+
+    rng = np.random.default_rng(seed)
+    features = exposure_features(snapshot, exposures)
+    scores = {OURS: snapshot.score.score(features), RANDOM: rng.random(len(exposures))}
+    scores |= rule_scores(past, exposures, config.calibration.rate_pseudo_events)
+    rankings = rule_rankings(past, leaf_of_item, trie.n_ids, config.calibration.rate_pseudo_events)
+    users = sorted(future["user_id"].unique())
+    sets = {
+        OURS: predicted,
+        RANDOM: {u: rng.choice(trie.n_ids, min(_PREDICTED, trie.n_ids), False) for u in users},
+        **{name: dict.fromkeys(users, top) for name, top in rankings.items()},
+    }
+    hits = {name: hit_table(past, future, sets[name], leaf_of_item) for name in scores}
+    disliked = exposures["disliked"].to_numpy()
+    over = scores[OURS] >= snapshot.score.threshold
+    return Evaluation(
+        ds=ds,
+        seed=seed,
+        users=int(exposures["user"].nunique()),
+        dislikes=int(disliked.sum()),
+        likes=int((~disliked).sum()),
+        listed=len(snapshot.users),
+        illegal=illegal,
+        rows=[_row(name, scores[name], exposures, hits[name], seed) for name in scores],
+        without={
+            name: blocked_at(snapshot.score.score(_flattened(features, n)), disliked, 0.01)
+            for n, name in enumerate(FEATURES)
+        },
+        threshold=snapshot.score.threshold,
+        likes_over=float(over[~disliked].mean()),
+        dislikes_over=float(over[disliked].mean()),
+    )
+
+
+def split_feedback(store: DeltaStore, config: Config, ds: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Feedback before its user's anchor, and in the horizon after it; columns of `feedback`.
+
+    A user without an explicit anchor is not judged, and all of that user's feedback is past.
+    """
+    day, horizon = dt.date.fromisoformat(ds), dt.timedelta(days=config.labels.horizon_days)
+    first = (day - dt.timedelta(days=config.window_days - 1)).isoformat()
+    last = (day + horizon).isoformat()
+    days = [d for d in store.days("feedback") if first <= d <= last]
+    rows = store.read("feedback", ["user_id", "item_id", "event_time", "polarity"], days=days)
+    rows = rows.to_pandas()
+    if config.anchors == "explicit":
+        anchors = store.read("anchor", ["user_id", "anchor_time"], days=[ds]).to_pandas()
+        anchor = rows["user_id"].map(anchors.set_index("user_id")["anchor_time"])
+        past = rows[anchor.isna() | (rows["event_time"] < anchor)]
+    else:
+        anchor = pd.Series(pd.Timestamp(config.end_of_day(ds)), index=rows.index)
+        past = rows[rows["event_time"] < anchor]
+    future = rows[(rows["event_time"] > anchor) & (rows["event_time"] <= anchor + horizon)]
+    return past, future
+
+
+def judged(future: pd.DataFrame) -> pd.DataFrame:
+    """One row per (user, item) shown and judged: user_id, item_id, disliked, user (integer code).
+
+    An item both disliked and liked counts as disliked.
+    """
+    rows = future.groupby(["user_id", "item_id"], sort=True)["polarity"].min().reset_index()
+    rows["disliked"] = rows["polarity"] == -1
+    rows["user"] = pd.factorize(rows["user_id"])[0]
+    return rows
+
+
+def exposure_features(snapshot: Snapshot, exposures: pd.DataFrame) -> np.ndarray:
+    """Block-score features [n, F] of the exposures, as the ranking service computes them."""
+    out = np.zeros((len(exposures), len(FEATURES)))
+    for user, rows in exposures.groupby("user_id", sort=False).indices.items():
+        out[rows] = snapshot.features(str(user), exposures["item_id"].to_numpy()[rows].tolist())
+    return out
+
+
+def rule_scores(past: pd.DataFrame, exposures: pd.DataFrame, pseudo: float) -> dict[str, np.ndarray]:
+    """Scores of the exposures by the rules that a team would otherwise use."""
+    items, users, prior = _rates(past, pseudo)
+    item_odds = exposures["item_id"].map(items["log_odds"]).fillna(prior).to_numpy()
+    user_odds = exposures["user_id"].map(users["log_odds"]).fillna(prior).to_numpy()
+    times = exposures["item_id"].map(items["negatives"]).fillna(0).to_numpy()
+    return {TIMES_DISLIKED: times, ITEM_RATE: item_odds, ITEM_USER_RATE: item_odds + user_odds}
+
+
+def rule_rankings(
+    past: pd.DataFrame, leaf_of_item: dict[str, int], n_ids: int, pseudo: float
+) -> dict[str, np.ndarray]:
+    """The 20 IDs each rule predicts; the user's rate moves no item before another."""
+    items, _, _ = _rates(past, pseudo)
+    leaf = items.index.map(leaf_of_item)
+    known = items[leaf.notna()].assign(leaf=leaf[leaf.notna()].astype(int))
+    by_id = known.groupby("leaf")[["negatives", "positives"]].sum()
+    prior = by_id["negatives"].sum() / max(1, by_id.to_numpy().sum())
+    odds = pd.Series(
+        smoothed_log_odds(by_id["negatives"].to_numpy(), by_id["positives"].to_numpy(), prior, pseudo),
+        by_id.index,
+    )
+    by_rate = odds.sort_values(ascending=False, kind="stable").index[:_PREDICTED].to_numpy()
+    by_count = by_id["negatives"].sort_values(ascending=False, kind="stable").index[:_PREDICTED]
+    return {TIMES_DISLIKED: by_count.to_numpy(), ITEM_RATE: by_rate, ITEM_USER_RATE: by_rate}
+
+
+def load_predictions(store: DeltaStore, ds: str, trie: Trie) -> tuple[dict[str, np.ndarray], int]:
+    """Predicted leaves of each user, best first, and how many predicted IDs are illegal."""
+    rows = store.read("negative_item_set", ["user_id", "rank", "codes"], days=[ds])
+    rows = rows.sort_by([("user_id", "ascending"), ("rank", "ascending")])
+    codes = rows["codes"].combine_chunks().flatten().to_numpy().reshape(-1, trie.depth)
+    inside = (codes < np.array(trie.code_counts)).all(1)
+    leaf = np.where(inside, trie.find(np.where(inside[:, None], codes, 0)), -1)
+    groups = pd.Series(leaf).groupby(rows["user_id"].to_numpy(zero_copy_only=False)).indices
+    sets = {str(user): leaf[at][:_PREDICTED] for user, at in groups.items()}
+    return sets, int((leaf < 0).sum())
+
+
+def hit_table(
+    past: pd.DataFrame,
+    future: pd.DataFrame,
+    predicted: dict[str, np.ndarray],
+    leaf_of_item: dict[str, int],
+) -> pd.DataFrame:
+    """One row per user with a later dislike: whether what was predicted holds it.
+
+    Columns: hr (one of the first dislikes), fhr (any), short (fewer than 3 past dislikes), tail (a
+    later dislike of an item with fewer than 5 past ones exists), lif (one of those is predicted).
+    """
+    negatives = past[past["polarity"] == -1]
+    by_user = negatives.groupby("user_id").size()
+    by_item = negatives.groupby("item_id")["user_id"].nunique()
+    rows = []
+    for user, events in future[future["polarity"] == -1].groupby("user_id"):
+        own = set(predicted.get(str(user), np.empty(0)).tolist())
+        hit = events["item_id"].map(leaf_of_item).isin(own).to_numpy()
+        first = (events["event_time"] == events["event_time"].min()).to_numpy()
+        rare = (events["item_id"].map(by_item).fillna(0) < _LONG_TAIL_ITEM).to_numpy()
+        short = by_user.get(user, 0) < _LONG_TAIL_USER
+        rows.append((user, (hit & first).any(), hit.any(), short, rare.any(), (hit & rare).any()))
+    return pd.DataFrame(rows, columns=["user_id", "hr", "fhr", "short", "tail", "lif"])
+
+
+def _rates(past: pd.DataFrame, pseudo: float) -> tuple[pd.DataFrame, pd.DataFrame, float]:
+    """Counts and smoothed log odds of items and of users, and the prior's log odds."""
+    negative = past["polarity"] == -1
+    share = float(negative.mean())
+    tables = []
+    for key in ("item_id", "user_id"):
+        counts = past.assign(negative=negative).groupby(key)["negative"].agg(["sum", "size"])
+        table = pd.DataFrame({"negatives": counts["sum"], "positives": counts["size"] - counts["sum"]})
+        table["log_odds"] = smoothed_log_odds(
+            table["negatives"].to_numpy(), table["positives"].to_numpy(), share, pseudo
+        )
+        tables.append(table)
+    return tables[0], tables[1], float(np.log(share / (1 - share)))
+
+
+def _flattened(features: np.ndarray, column: int) -> np.ndarray:
+    flat = features.copy()
+    flat[:, column] = flat[:, column].mean()
+    return flat
+
+
+def _row(name: str, scores: np.ndarray, exposures: pd.DataFrame, hits: pd.DataFrame, seed: int) -> Row:
+    disliked, users = exposures["disliked"].to_numpy(), exposures["user"].to_numpy()
+
+    def over_users(column: str, rows: pd.DataFrame) -> Estimate:
+        values = rows[column].to_numpy(float)
+        if not len(values):
+            return Estimate(float("nan"), float("nan"), float("nan"))
+        return bootstrap(lambda at: float(values[at].mean()), np.arange(len(values)), seed)
+
+    return Row(
+        method=name,
+        blocked_at_1=bootstrap(lambda at: blocked_at(scores[at], disliked[at], 0.01), users, seed),
+        blocked_at_5=bootstrap(lambda at: blocked_at(scores[at], disliked[at], 0.05), users, seed),
+        auc=bootstrap(lambda at: auc(scores[at], disliked[at]), users, seed),
+        within_user_auc=bootstrap(
+            lambda at: within_user_auc(scores[at], disliked[at], users[at]), users, seed, rounds=20
+        ),
+        hr=over_users("hr", hits),
+        fhr=over_users("fhr", hits),
+        luf=over_users("fhr", hits[hits["short"]]),
+        lif=over_users("lif", hits[hits["tail"]]),
+    )

@@ -1,0 +1,201 @@
+"""`negrec train generator`: next-negative supervised fine-tuning (DESIGN section 7, warm-up).
+
+A sample is a user's past before an anchor and the item disliked at it. The loss covers the target's
+codes and, since each is the next dislike after its own prefix, those of the dislikes in the past.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from negrec_core.artefacts import Manifest, new_version, seal
+from negrec_core.config import Config
+from negrec_core.delta import DeltaStore
+from negrec_core.errors import InputError
+from negrec_core.generator import GENERATOR, newest, open_codebook
+from negrec_core.progress import Progress
+from negrec_core.prompts import PromptWriter, context_events
+from negrec_core.semantic_ids import load_semantic_ids
+from train.models import build_model, load_prompt_text
+from train.plots import plot_curve
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one training sequence; `labels` is -100 where there is no loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def train_generator(
+    store: DeltaStore,
+    models: Path,
+    config: Config,
+    until: str,
+    *,
+    seed: int,
+    progress: Progress,
+) -> Manifest:
+    """Train a generator on `training_next_negative` of the log date `until` and store it.
+
+    Args:
+        store: the Delta tables.
+        models: directory of the model versions.
+        config: section `generator` says what to train.
+        until: log date; nothing after its end is read.
+        seed: of weights and sample order.
+        progress: told (steps done, steps in all).
+
+    Raises:
+        MissingError: no codebook up to `until`, or no samples were built for it.
+        InputError: there is no sample to learn from.
+    """
+    settings = config.generator
+    codebook_version = newest(models, "codebook", until).version
+    codebook, codebook_manifest = open_codebook(models, codebook_version)
+    store.require("training_next_negative", [until], f"run `negrec train generator --until {until}`")
+    version = store.version("training_next_negative")
+    rows = store.read("training_next_negative", days=[until], version=version)
+    ids = load_semantic_ids(store, codebook_version, until)
+    model, tokenizer, prompt = build_model(
+        settings.preset,
+        load_prompt_text(settings.prompt),
+        codebook.code_counts,
+        settings.prompt_tokens,
+        seed,
+    )
+    blocks = prompt.blocks(ids.codes)
+    samples = list(
+        build_samples(rows, prompt, blocks, ids.index, settings.learn_likes, config.generation.pad_prompts_to)
+    )
+    if not samples:
+        raise InputError(
+            f"table training_next_negative: ds={until} has no sample whose item has a semantic ID;"
+            " import feedback with dislikes, and run the stage item_semantic_id"
+        )
+    path = new_version(models, GENERATOR)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(path / ".training"),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            weight_decay=0.01,
+            seed=seed,
+            data_seed=seed,
+            max_length=None,
+            # Prompts differ much in length: alike ones together waste least on padding.
+            train_sampling_strategy="group_by_length",
+            logging_steps=20,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            bf16=False,
+            use_cpu=not _has_gpu(),
+        ),
+        train_dataset=_dataset(samples),
+        processing_class=tokenizer,
+        callbacks=[_Report(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    shutil.rmtree(path / ".training", ignore_errors=True)
+    model.save_pretrained(path, safe_serialization=True)
+    tokenizer.save_pretrained(path)
+    prompt.save(path)
+    curve = [entry for entry in trainer.state.log_history if "loss" in entry]
+    (path / "curve.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
+    plot_curve(curve, path / "curve.png", "Next-negative fine-tuning")
+    return seal(
+        path,
+        parameters={
+            "until": until,
+            "codebook_version": codebook_version,
+            "codebook_digest": codebook_manifest.digest,
+            "held_out_share": config.calibration.held_out_share,
+            "seed": seed,
+            **settings.model_dump(),
+        },
+        metrics={
+            "samples": len(samples),
+            "steps": trainer.state.global_step,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "loss": curve[-1]["loss"] if curve else None,
+        },
+        inputs={"training_next_negative": version},
+    )
+
+
+def build_samples(
+    rows: pa.Table,
+    prompt: PromptWriter,
+    blocks: list[tuple[int, ...]],
+    sid_of_item: dict[str, int],
+    learn_likes: bool,
+    multiple_of: int,
+) -> Iterator[Sample]:
+    """Token sequences of `training_next_negative` rows; targets without a semantic ID are left out.
+
+    Args:
+        rows: table rows.
+        prompt: writes the prompts.
+        blocks: token block of each semantic ID.
+        sid_of_item: item -> index into `blocks`.
+        learn_likes: whether the likes in the past are targets too.
+        multiple_of: padding of the prompt, as in generation.
+    """
+    for batch in rows.to_batches(max_chunksize=10_000):
+        for row in batch.to_pylist():
+            target = sid_of_item.get(row["target"])
+            if target is None:
+                continue
+            events = context_events(row["negatives"], row["positives"], sid_of_item)
+            tokens, positions = prompt.write(events, blocks, multiple_of)
+            labels = [_IGNORED] * len(tokens)
+            width = len(blocks[target])
+            for at, disliked in positions:
+                if disliked or learn_likes:
+                    labels[at : at + width] = tokens[at : at + width]
+            yield Sample([*tokens, *blocks[target]], [*labels, *blocks[target]])
+
+
+class _Report(TrainerCallback):
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress(state.global_step, state.max_steps)
+
+
+def _dataset(samples: list[Sample]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [sample.input_ids for sample in samples],
+            "labels": [sample.labels for sample in samples],
+            "length": [len(sample.input_ids) for sample in samples],
+        }
+    )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())

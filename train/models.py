@@ -1,0 +1,246 @@
+"""Language models to start from: the presets of conf/models, with semantic-ID tokens added."""
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from negrec_core.beam import SidVocabulary
+from negrec_core.config import read_yaml, validation_line
+from negrec_core.errors import ConfigError, MissingError
+from negrec_core.prompts import PromptWriter, sid_token
+from negrec_core.resources import resource
+
+# vLLM and tensor cores want a vocabulary that divides evenly.
+_VOCABULARY_MULTIPLE = 64
+
+
+class _Preset(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScratchPreset(_Preset):
+    """A Qwen3 architecture with random weights and a vocabulary of semantic IDs and prompt words."""
+
+    kind: Literal["scratch"]
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class PretrainedPreset(_Preset):
+    """A Hugging Face model with safetensors weights, by name or directory."""
+
+    kind: Literal["pretrained"]
+    name: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class GgufPackagePreset(_Preset):
+    """A GGUF file inside an installed Python package, dequantised to float32."""
+
+    kind: Literal["gguf_package"]
+    package: str
+    file: str
+
+
+Preset = Annotated[ScratchPreset | PretrainedPreset | GgufPackagePreset, Field(discriminator="kind")]
+
+
+class PromptText(_Preset):
+    """The literal parts of a prompt; see conf/prompts."""
+
+    head: str
+    liked: str
+    disliked: str
+
+
+def load_preset(name: str) -> ScratchPreset | PretrainedPreset | GgufPackagePreset:
+    """Read conf/models/<name>.yaml."""
+    path = resource("conf", "models", f"{name}.yaml")
+    try:
+        return TypeAdapter(Preset).validate_python(read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(validation_line(error, str(path), {})) from None
+
+
+def load_prompt_text(name: str) -> PromptText:
+    """Read conf/prompts/<name>.yaml."""
+    path = resource("conf", "prompts", f"{name}.yaml")
+    try:
+        return PromptText.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(validation_line(error, str(path), {})) from None
+
+
+def build_model(
+    preset_name: str, text: PromptText, code_counts: tuple[int, ...], max_tokens: int, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PromptWriter]:
+    """A model that knows the semantic-ID tokens, its tokenizer and its prompt writer.
+
+    Args:
+        preset_name: a file in conf/models.
+        text: literal parts of the prompt.
+        code_counts: codes per level of the codebook.
+        max_tokens: longest prompt.
+        seed: of new weights.
+    """
+    preset = load_preset(preset_name)
+    torch.manual_seed(seed)
+    tokens = [sid_token(level, code) for level, n in enumerate(code_counts) for code in range(n)]
+    if isinstance(preset, ScratchPreset):
+        tokenizer: PreTrainedTokenizerBase = _word_tokenizer(text, tokens)
+        model = _scratch_model(preset, tokenizer, max_tokens + len(code_counts))
+    else:
+        model, tokenizer = _open_pretrained(preset)
+        tokenizer.add_tokens(tokens, special_tokens=False)
+        _add_rows(model, len(tokenizer), len(tokens))
+    # Sampling defaults that come with a model must not reach a beam search.
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model, tokenizer, _prompt_writer(tokenizer, text, code_counts, max_tokens)
+
+
+def _word_tokenizer(text: PromptText, sid_tokens: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3}
+    for word in f"{text.head} {text.liked} {text.disliked}".split():
+        vocabulary.setdefault(word, len(vocabulary))
+    for token in sid_tokens:
+        vocabulary[token] = len(vocabulary)
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",  # noqa: S106
+        bos_token="<bos>",  # noqa: S106
+        eos_token="<eos>",  # noqa: S106
+        unk_token="<unk>",  # noqa: S106
+    )
+
+
+def _scratch_model(
+    preset: ScratchPreset, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> PreTrainedModel:
+    config = Qwen3Config(
+        vocab_size=_round_up(len(tokenizer)),
+        hidden_size=preset.hidden_size,
+        intermediate_size=preset.intermediate_size,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.kv_heads,
+        head_dim=preset.head_dim,
+        max_position_embeddings=max(2048, max_tokens),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _open_pretrained(
+    preset: PretrainedPreset | GgufPackagePreset,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(preset, PretrainedPreset):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                preset.name,
+                dtype=getattr(torch, preset.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(preset.name, trust_remote_code=False)
+        except OSError as error:
+            raise MissingError(
+                f"model {preset.name}: cannot be opened ({str(error).splitlines()[0]})"
+            ) from None
+        return model, tokenizer
+    spec = importlib.util.find_spec(preset.package)
+    if spec is None or spec.origin is None:
+        raise MissingError(
+            f"model file {preset.file}: Python package {preset.package} is not installed; install"
+            " negrec's train extra"
+        )
+    folder = Path(spec.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=preset.file)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=preset.file, dtype=torch.float32)
+    # The loaded object still believes itself quantised and refuses to be saved: rebuild it plain.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.tie_weights()
+    return plain, tokenizer
+
+
+@torch.no_grad()
+def _add_rows(model: PreTrainedModel, size: int, added: int) -> None:
+    """Grow the embeddings; new rows spread like the old ones, or they would all score the same."""
+    old = _token_tables(model)[0]
+    mean, spread = old[: size - added].mean(0), old[: size - added].std(0)
+    model.resize_token_embeddings(_round_up(size), mean_resizing=False)
+    # Tied tables are one and the same.
+    for table in {id(t): t for t in _token_tables(model)}.values():
+        rows = table[size - added : size]
+        rows.copy_(mean + torch.randn(rows.shape).to(rows) * spread)
+
+
+def _token_tables(model: PreTrainedModel) -> list[Any]:
+    tables = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    return tables if head is None else [*tables, head.weight]
+
+
+def _prompt_writer(
+    tokenizer: PreTrainedTokenizerBase,
+    text: PromptText,
+    code_counts: tuple[int, ...],
+    max_tokens: int,
+) -> PromptWriter:
+    def ids(part: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(part, add_special_tokens=False))
+
+    vocabulary = tokenizer.get_vocab()
+    first = tuple(vocabulary[sid_token(level, 0)] for level in range(len(code_counts)))
+    start = tokenizer.bos_token_id
+    head = ids(text.head)
+    if start is not None and (not head or head[0] != start):
+        head = (start, *head)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    longest = len(head) + 2 * len(ids(text.disliked)) + len(code_counts)
+    if max_tokens < longest:
+        raise ConfigError(
+            f"generator.prompt_tokens: {max_tokens} is too short for one event, it needs {longest}"
+        )
+    if not isinstance(pad, int):
+        raise ConfigError("generator.preset: its tokenizer has neither a padding nor an end token")
+    return PromptWriter(
+        SidVocabulary(first, code_counts),
+        head,
+        ids(text.liked),
+        ids(text.disliked),
+        pad,
+        max_tokens,
+    )
+
+
+def _round_up(n: int) -> int:
+    return -(-n // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
