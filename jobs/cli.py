@@ -1,6 +1,7 @@
 """The `negrec` command."""
 
 import datetime as dt
+import os
 import shutil
 import sys
 import time
@@ -145,7 +146,7 @@ def world(
         summary = generate(settings, out, reporter.stage("world", ""))
     console.print(
         f"{summary.users} users, {summary.items} items, {summary.shows} exposures,"
-        f" {summary.rejections + summary.other_reasons} rejections over {summary.days} days in {out}"
+        f" {summary.rejections} rejections over {summary.days} days in {out}"
     )
 
 
@@ -372,6 +373,9 @@ def _iso(text: str) -> str:
 
 def main() -> None:
     """Entry point: expected failures end with one line and their exit code."""
+    # Threads that wait for work must sleep, not spin: spinning halves the speed of everything else
+    # on a busy machine, and of torch itself. Read when torch is imported; Spark's workers inherit it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except NegrecError as error:

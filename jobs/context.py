@@ -80,9 +80,9 @@ class JobContext:
 
     def read(self, table: str, days: Sequence[str] | None = None) -> "DataFrame":
         """A table, or the given `ds` partitions of it, as a Spark frame with the declared schema."""
-        handle_version = self.store.version(table)
-        self._inputs[table] = max(handle_version, self._inputs.get(table, 0))
-        return read_files(self.spark, self.store, table, self.store.files(table, days))
+        version = self.store.version(table)
+        self._inputs[table] = max(version, self._inputs.get(table, 0))
+        return read_files(self.spark, self.store, table, self.store.files(table, days, version))
 
     def read_window(self, table: str, start: dt.date | None = None) -> "DataFrame":
         """The partitions of a table from `start` (default: the feedback window) to `ds`.

@@ -8,6 +8,7 @@ import hashlib
 
 from jobs.context import JobContext, log, read_files, with_partitions, write_files
 from jobs.generation import GenerationTask, generate, generation_task
+from negrec_core.errors import ConflictError
 from negrec_core.generator import CODEBOOK, GENERATOR, open_generator
 
 _STAGING = "negative_item_set_shard"
@@ -33,6 +34,11 @@ def run(ctx: JobContext) -> None:
             ctx.store.commit_shard(_STAGING, run_directory, ctx.ds, bucket, digest)
         done += 1
         ctx.progress(done, ctx.config.buckets)
+    if not all(ctx.store.shard_done(_STAGING, ctx.ds, n, digest) for n in range(ctx.config.buckets)):
+        raise ConflictError(
+            f"table {_STAGING}: another run of ds={ctx.ds} with other models or settings replaced shards"
+            " of this one; run it again when the other has ended"
+        )
     files = ctx.store.files(_STAGING, [ctx.ds])
     ctx.write("negative_item_set", read_files(ctx.spark, ctx.store, _STAGING, files))
     log.info("negative_item_set: %d shards of users", done)

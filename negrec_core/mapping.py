@@ -1,7 +1,7 @@
 """How a site's files become `behavior_log`, `item` and `user_profile`: the mapping, read from YAML.
 
-`negrec import log SRC --mapping FILE` takes any such file; the named imports are the mappings shipped in
-conf/datasets. See conf/datasets/demo.yaml for a commented example.
+`negrec import log SRC --mapping FILE` takes any such file; the named imports are the mappings
+shipped in conf/datasets. See conf/datasets/demo.yaml for a commented example.
 """
 
 import string
@@ -89,15 +89,17 @@ class Source(_Model):
         default=False, description="quoted CSV values may hold line breaks; a file is then one task"
     )
     names: list[str] | None = Field(default=None, description="column names of a CSV without header")
-    nulls: list[str] = Field(default=["", "NaN", "\\N"], description="texts that mean no value")
+    nulls: list[str] = Field(
+        default=["", "NaN", "\\N"], description="texts that mean no value; numbers of Parquet have none"
+    )
     columns: dict[str, str | Derived]
     replace: dict[str, dict[str, str]] = Field(
         default={}, description="our column -> literal text to replace -> by what"
     )
     time_unit: Literal["s", "ms", "us", "iso"] = Field(
         default="iso",
-        description="numbers since 1970, or text such as 2026-01-31T12:00:00Z; text that names no zone"
-        " is in the configured time zone",
+        description="numbers since 1970, or text such as 2026-01-31T12:00:00Z; text that names no"
+        " zone is in the configured time zone",
     )
     keep_when: list[Condition] = Field(default=[], description="other rows are left out on purpose")
 
@@ -176,8 +178,8 @@ class Variant(_Model):
 class LogMapping(_Model):
     """A site's mapping.
 
-    An archive is a log delivered whole: all of it goes to one partition, the day of its last event, and
-    event times keep the order inside. Anything else is a daily log.
+    An archive is a log delivered whole: all of it goes to one partition, the day of its last event,
+    and event times keep the order inside. Anything else is a daily log.
     """
 
     about: str
@@ -197,11 +199,11 @@ def load_mapping(path: Path) -> LogMapping:
     try:
         return LogMapping.model_validate(read_yaml(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "value_error":
-            # A check across keys: its input is a whole section, too long to repeat.
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{path}: {where}: {first['ctx']['error']}") from None
+        for found in error.errors():
+            if found["type"] == "value_error":
+                # A check across keys: its input is a whole section, too long to repeat.
+                where = ".".join(str(part) for part in found["loc"])
+                raise ConfigError(f"{path}: {where}: {found['ctx']['error']}") from None
         raise ConfigError(validation_line(error, str(path), {})) from None
 
 
