@@ -114,25 +114,34 @@ def _entries(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> It
     leaf = catalogue.trie.find(codes)
     if (leaf < 0).any():
         raise GateError(
-            f"block_list: user {row['user_id']} has the illegal ID {codes[leaf < 0][0].tolist()};"
+            f"block_list: user {row['user_id']!r} has the illegal ID {codes[leaf < 0][0].tolist()};"
             " run negative_item_set again with --force, nothing was published"
         )
     unit = catalogue.codebook.unit(codes)
+    disliked, liked = (
+        [event for event in row[column] if event["item_id"] in catalogue.index]
+        for column in ("negatives", "positives")
+    )
+    disliked_unit, liked_unit = (
+        catalogue.unit[[catalogue.index[event["item_id"]] for event in events]]
+        for events in (disliked, liked)
+    )
     user = score.user_log_odds(np.array(row["n_negatives"]), np.array(row["n_positives"]))
-    scores = score.score(features(unit, unit, log_probs, catalogue.log_odds[leaf], float(user)))
-    past = [n for n in row["negatives"] if n["item_id"] in catalogue.index]
-    cosine = unit @ catalogue.unit[[catalogue.index[n["item_id"]] for n in past]].T
+    scores = score.score(
+        features(unit, unit, log_probs, disliked_unit, liked_unit, catalogue.log_odds[leaf], float(user))
+    )
+    cosine = unit @ disliked_unit.T
     for at, entry in enumerate(row["entries"]):
-        nearest = int(cosine[at].argmax()) if past else None
+        nearest = int(cosine[at].argmax()) if disliked else None
         yield {
             "user_id": row["user_id"],
             "rank": entry["rank"],
             "codes": entry["codes"],
             "score": float(scores[at]),
             "log_prob": entry["log_prob"],
-            "because_item_id": None if nearest is None else past[nearest]["item_id"],
+            "because_item_id": None if nearest is None else disliked[nearest]["item_id"],
             "because_similarity": None if nearest is None else float(cosine[at, nearest]),
-            "reason_class": None if nearest is None else past[nearest]["reason_class"],
+            "reason_class": None if nearest is None else disliked[nearest]["reason_class"],
         }
 
 

@@ -5,6 +5,7 @@ from what was known then, and what they did next is what the score is fitted to.
 """
 
 import datetime as dt
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,22 +14,50 @@ import pyarrow as pa
 
 from jobs.anchors import before, held_out, last_dislike_anchors, visible
 from jobs.context import JobContext, log
-from jobs.generation import generate, generation_task
+from jobs.generation import GenerationTask, generate, generation_task
 from jobs.item_rate import item_rate
 from jobs.user_context import user_context
-from negrec_core.block_score import FEATURES, BlockScore, curve, features, sigmoid, threshold_at
+from negrec_core.block_score import (
+    FEATURES,
+    BlockScore,
+    curve,
+    features,
+    sigmoid,
+    smoothed_log_odds,
+    threshold_at,
+)
 from negrec_core.codebook import Codebook
 from negrec_core.config import CalibrationConfig
 from negrec_core.errors import InputError
 from negrec_core.generator import CODEBOOK, GENERATOR, Generator, open_generator
 from negrec_core.schemas import BLOCK_SCORE
-from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.semantic_ids import SemanticIds, load_semantic_ids
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 _CURVE_SHARES = np.array([0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5])
 _LEAST = 20
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """Held-out users as their calibration anchors found them, and what they did next.
+
+    Attributes:
+        labels: (user_id, item_id, polarity), one row per user and item judged after the anchor.
+        predictions: (user_id, rank, codes, log_prob) as in `negative_item_set`.
+        contexts: (user_id, negatives, positives, n_negatives, n_positives) as in `user_context`, but
+            the lists hold item ids only.
+        rates: (item_id, log_odds) as in `item_rate`.
+        prior_log_odds: of dislike against like over all feedback before the anchors.
+    """
+
+    labels: pa.Table
+    predictions: pa.Table
+    contexts: pa.Table
+    rates: pa.Table
+    prior_log_odds: float
 
 
 @dataclass(frozen=True)
@@ -66,6 +95,13 @@ def calibration_anchors(ctx: JobContext, feedback: "DataFrame") -> "DataFrame":
 
 def collect_calibration(ctx: JobContext, feedback: "DataFrame", generator: Generator) -> Calibration:
     """Predict for the held-out users at their calibration anchors and look at what came after."""
+    task = generation_task(ctx.store, generator, ctx.ds, ctx.config.generation)
+    held_back = _held_back(ctx, feedback, task)
+    ids = load_semantic_ids(ctx.store, task.codebook_version, ctx.ds, task.ids_version)
+    return _features_of(held_back, ids, generator.codebook, ctx.config.calibration.rate_pseudo_events)
+
+
+def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> HeldBack:
     from pyspark.sql import functions as F
 
     settings = ctx.config.calibration
@@ -78,76 +114,74 @@ def collect_calibration(ctx: JobContext, feedback: "DataFrame", generator: Gener
         .persist()
     )
     contexts = user_context(past, chosen, ctx.config.context, ctx.config.window_days).persist()
-    task = generation_task(ctx.store, generator, ctx.ds, ctx.config.generation)
-    predictions = generate(contexts, task).toArrow()
     labels = (
         feedback.join(chosen, "user_id")
         .where(F.col("event_time") > F.col("anchor_time"))
         .groupBy("user_id", "item_id")
         .agg(F.min("polarity").alias("polarity"))
-        .toArrow()
     )
-    rates = item_rate(past, settings.rate_pseudo_events).select("item_id", "log_odds").toArrow()
-    counts = contexts.select("user_id", "n_negatives", "n_positives").toArrow()
-    total = past.groupBy("polarity").count().toArrow().to_pylist()
+    item_ids = [F.col(f"{column}.item_id").alias(column) for column in ("negatives", "positives")]
+    events = {row["polarity"]: row["count"] for row in past.groupBy("polarity").count().collect()}
+    held_back = HeldBack(
+        labels=labels.toArrow(),
+        predictions=generate(contexts, task).toArrow(),
+        contexts=contexts.select("user_id", *item_ids, "n_negatives", "n_positives").toArrow(),
+        rates=item_rate(past, settings.rate_pseudo_events).select("item_id", "log_odds").toArrow(),
+        prior_log_odds=float(np.log((events.get(-1, 0) + 1) / (events.get(1, 0) + 1))),
+    )
     for frame in (anchors, past, chosen, contexts):
         frame.unpersist()
-    ids = load_semantic_ids(ctx.store, task.codebook_version, ctx.ds, task.ids_version)
-    events = {row["polarity"]: row["count"] for row in total}
-    prior = float(np.log((events.get(-1, 0) + 1) / (events.get(1, 0) + 1)))
-    blank = BlockScore(np.zeros(len(FEATURES)), 0.0, 1.0, prior, settings.rate_pseudo_events)
-    return _features_of(labels, predictions, rates, counts, ids.codes, ids.index, generator.codebook, blank)
+    return held_back
 
 
 def _features_of(
-    labels: pa.Table,
-    predictions: pa.Table,
-    rates: pa.Table,
-    counts: pa.Table,
-    codes: np.ndarray,
-    index: dict[str, int],
-    codebook: Codebook,
-    score: BlockScore,
+    held_back: HeldBack, ids: SemanticIds, codebook: Codebook, pseudo_events: float
 ) -> Calibration:
-    unit = np.vstack([codebook.unit(codes), np.zeros((1, codebook.dim), np.float32)])
-    log_odds = dict(zip(rates["item_id"].to_pylist(), rates["log_odds"].to_pylist(), strict=True))
-    users = {
-        user: (negatives, positives)
-        for user, negatives, positives in zip(*(c.to_pylist() for c in counts.columns), strict=True)
-    }
-    predictions = predictions.sort_by([("user_id", "ascending"), ("rank", "ascending")])
+    """Features of every label as the ranking service would compute them; ordered by user and item."""
+    # The last row is that of items without an ID.
+    unit = np.vstack([codebook.unit(ids.codes), np.zeros((1, codebook.dim), np.float32)])
+    prior = held_back.prior_log_odds
+    item_log_odds = dict(
+        zip(*(held_back.rates[name].to_pylist() for name in ("item_id", "log_odds")), strict=True)
+    )
+    predictions = held_back.predictions.sort_by([("user_id", "ascending"), ("rank", "ascending")])
     entries = _by_user(predictions)
-    predicted = np.array(predictions["codes"].to_pylist(), np.int32).reshape(-1, codes.shape[1])
-    entry_unit = codebook.unit(predicted) if len(predicted) else np.zeros((0, codebook.dim))
-    entry_log_prob = predictions["log_prob"].to_numpy().astype(np.float64)
-    labels = labels.sort_by("user_id")
-    rows, disliked = [], []
-    for user, span in _by_user(labels).items():
-        items = labels["item_id"].slice(span.start, span.stop - span.start).to_pylist()
+    predicted = np.array(predictions["codes"].to_pylist(), np.int32).reshape(-1, codebook.levels)
+    entry_unit = codebook.unit(predicted)
+    log_probs = predictions["log_prob"].to_numpy().astype(np.float64)
+    contexts = {row["user_id"]: row for row in held_back.contexts.to_pylist()}
+    nothing = {"negatives": [], "positives": [], "n_negatives": 0, "n_positives": 0}
+    labels = held_back.labels.sort_by([("user_id", "ascending"), ("item_id", "ascending")])
+    items = labels["item_id"].to_pylist()
+    out = np.zeros((len(items), len(FEATURES)))
+    spans = _by_user(labels)
+    for user, span in spans.items():
         own = entries.get(user, slice(0, 0))
-        negatives, positives = users.get(user, (0, 0))
-        rows.append(
-            features(
-                unit[[index.get(item, -1) for item in items]],
-                entry_unit[own],
-                entry_log_prob[own],
-                np.array([log_odds.get(item, score.prior_log_odds) for item in items]),
-                float(score.user_log_odds(np.array(negatives), np.array(positives))),
-            )
+        context = contexts.get(user, nothing)
+        disliked, liked = (
+            unit[[ids.index[item] for item in context[column] if item in ids.index]]
+            for column in ("negatives", "positives")
         )
-        disliked += labels["polarity"].slice(span.start, span.stop - span.start).to_pylist()
-    matrix = np.concatenate(rows) if rows else np.zeros((0, len(FEATURES)))
-    return Calibration(matrix, np.array(disliked) == -1, len(rows), score.prior_log_odds)
+        user_log_odds = smoothed_log_odds(
+            context["n_negatives"], context["n_positives"], sigmoid(prior), pseudo_events
+        )
+        out[span] = features(
+            unit[[ids.index.get(item, -1) for item in items[span]]],
+            entry_unit[own],
+            log_probs[own],
+            disliked,
+            liked,
+            np.array([item_log_odds.get(item, prior) for item in items[span]]),
+            float(user_log_odds),
+        )
+    return Calibration(out, labels["polarity"].to_numpy() == -1, len(spans), prior)
 
 
 def _by_user(rows: pa.Table) -> dict[str, slice]:
     """Row range of each user in a table sorted by user."""
     users = rows["user_id"].to_pylist()
-    starts = [n for n, user in enumerate(users) if n == 0 or users[n - 1] != user]
-    return {
-        users[start]: slice(start, stop)
-        for start, stop in zip(starts, [*starts[1:], len(users)], strict=True)
-    }
+    edges = [n for n, user in enumerate(users) if n == 0 or users[n - 1] != user] + [len(users)]
+    return {users[start]: slice(start, stop) for start, stop in itertools.pairwise(edges)}
 
 
 def fit(calibration: Calibration, settings: CalibrationConfig) -> BlockScore:
@@ -168,7 +202,8 @@ def fit(calibration: Calibration, settings: CalibrationConfig) -> BlockScore:
         )
     # Standardised, so that the mild ridge penalty treats all features alike.
     mean, spread = calibration.features.mean(0), calibration.features.std(0)
-    spread[spread == 0] = 1.0
+    # The deviation of equal values may be a rounding error instead of 0.
+    spread[np.ptp(calibration.features, axis=0) == 0] = 1.0
     model = LogisticRegression(C=1.0, max_iter=1000)
     model.fit((calibration.features - mean) / spread, calibration.disliked)
     coefficients = model.coef_[0] / spread

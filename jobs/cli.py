@@ -15,7 +15,7 @@ import typer
 from jobs import views
 from jobs.console import console, errors, reporting, set_up_logging
 from jobs.context import JobContext, Warehouse
-from jobs.pipeline import DAILY_STAGES, DATA_STAGES, run_day, run_range, run_stage
+from jobs.pipeline import DAILY_STAGES, DATA_STAGES, parse_day, run_day, run_range, run_stage
 from negrec_core.config import load_config
 from negrec_core.errors import ConfigError, NegrecError
 from negrec_core.mapping import load_mapping
@@ -125,7 +125,7 @@ def _import(ctx: typer.Context, source: Path, mapping: Path, start: str | None, 
     from jobs.import_log import import_log
 
     read = load_mapping(mapping)
-    first, last = (None if day is None else _day(day) for day in (start, end))
+    first, last = (None if day is None else parse_day(day) for day in (start, end))
     summary = import_log(ctx.obj.open(create=True), source, read, first, last)
     views.show_import(summary)
 
@@ -218,12 +218,15 @@ def train_generator(
 
 
 _DAILY, _DATA = ",".join(DAILY_STAGES), ",".join(DATA_STAGES)
-Stages = Annotated[str, typer.Option(help=f"By comma, of: {', '.join(DAILY_STAGES)}.", metavar="STAGES")]
+Stages = Annotated[
+    str,
+    typer.Option(help=f"By comma, of: {', '.join(DAILY_STAGES)}.", metavar="STAGES", show_default=False),
+]
 
 
 @app.command()
 def run(ctx: typer.Context, ds: Day, stages: Stages = _DAILY, force: Force = False) -> None:
-    """Run the daily pipeline for one log date, up to a published block list."""
+    """Run the daily pipeline for one log date, up to a published block list. Default: all stages."""
     warehouse = ctx.obj.open()
     with reporting() as reporter:
         results = run_day(warehouse, _iso(ds), stages.split(","), force, reporter)
@@ -241,7 +244,7 @@ def backfill(
     """Run stages for a range of log dates, oldest first. Default: the stages that need no model."""
     from negrec_core.delta import day_range
 
-    days = day_range(_day(start), _day(end))
+    days = day_range(parse_day(start), parse_day(end))
     if not days:
         raise ConfigError(f"--start {start} is after --end {end}")
     warehouse = ctx.obj.open()
@@ -360,15 +363,8 @@ def demo(
     )
 
 
-def _day(text: str) -> dt.date:
-    try:
-        return dt.date.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(f"{text}: not a day, write it as 2026-01-31") from None
-
-
 def _iso(text: str) -> str:
-    return _day(text).isoformat()
+    return parse_day(text).isoformat()
 
 
 def main() -> None:
@@ -379,7 +375,9 @@ def main() -> None:
     try:
         app()
     except NegrecError as error:
-        errors.print(f"negrec: {error}", style="bold red", markup=False, highlight=False)
+        # Soft: one line stays one line, for those who search the log of a scheduled run.
+        line = f"negrec: {error}"
+        errors.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
 
 

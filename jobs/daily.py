@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs.console import reporting, set_up_logging
 from jobs.context import Warehouse
-from jobs.pipeline import DAILY_STAGES, run_day
+from jobs.pipeline import DAILY_STAGES, parse_day, run_day
 from negrec_core.config import load_config
 from negrec_core.errors import NegrecError
 
@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, ["spark.master=null", *options.set])
         warehouse = Warehouse(Path(options.warehouse), config)
         with reporting() as reporter:
-            run_day(warehouse, options.ds, options.stages.split(","), options.force, reporter)
+            ds = parse_day(options.ds).isoformat()
+            run_day(warehouse, ds, options.stages.split(","), options.force, reporter)
     except NegrecError as error:
         print(f"negrec: {error}", file=sys.stderr)
         return error.exit_code

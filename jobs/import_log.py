@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import negrec_core
 from jobs.context import Warehouse, with_partitions, write_files
-from jobs.import_rows import cannot_be_read, read_raw, typed_rows, without_repeats
+from jobs.import_rows import read_raw, reading, typed_rows, without_repeats
 from negrec_core.delta import Provenance, day_range
 from negrec_core.errors import ConfigError, InputError
 from negrec_core.mapping import ENTITY_TABLES, LogMapping, choose_variant
@@ -120,7 +120,6 @@ def import_log(
 
 def _tally(parsed: "Mapping[str, DataFrame]", folder: Path) -> dict[str, Tally]:
     """Count the rows of every entity, in one pass over all."""
-    from pyspark.errors import PySparkException
     from pyspark.sql import functions as F
 
     good = F.col("problem").isNull() & ~F.col("left_out")
@@ -135,7 +134,7 @@ def _tally(parsed: "Mapping[str, DataFrame]", folder: Path) -> dict[str, Tally]:
                 F.when(good, F.col("ds") if events else F.lit(None)).cast("string").alias("ds"),
             )
         )
-    try:
+    with reading(folder):
         groups = (
             functools.reduce(lambda a, b: a.unionByName(b), parts)
             .groupBy("entity", "source", "block", "left_out", "problem")
@@ -148,8 +147,6 @@ def _tally(parsed: "Mapping[str, DataFrame]", folder: Path) -> dict[str, Tally]:
             )
             .collect()
         )
-    except PySparkException as error:
-        raise cannot_be_read(folder, error) from None
     return {entity: _tally_one([g for g in groups if g["entity"] == entity]) for entity in parsed}
 
 

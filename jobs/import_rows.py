@@ -3,10 +3,11 @@
 Three steps, each a frame of one row per source row: `read_raw`, `typed_rows`, `without_repeats`.
 """
 
+import contextlib
 import datetime as dt
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,11 @@ def read_raw(spark: "SparkSession", folder: Path, source: Source) -> "DataFrame"
     Raises:
         InputError: a column that the mapping names is not in the file, or a file cannot be read.
     """
-    from pyspark.errors import PySparkException
     from pyspark.sql import functions as F
 
     files = find_files(folder, source)
     names = sorted(source.source_columns())
-    try:
+    with reading(folder / source.files):
         frame = _open(spark, [str(file) for file in files], source)
         absent = sorted(set(names) - set(frame.columns))
         if absent:
@@ -56,13 +56,26 @@ def read_raw(spark: "SparkSession", folder: Path, source: Source) -> "DataFrame"
             F.struct(*[_as_text(frame, name, source).alias(name) for name in names]).alias("raw"),
             F.col("_unreadable").alias("unreadable"),
         )
-    except PySparkException as error:
-        raise cannot_be_read(folder / source.files, error) from None
 
 
-def cannot_be_read(what: Path, error: Exception) -> InputError:
-    """One line for Spark's complaint about a file."""
-    return InputError(f"{what}: cannot be read: {str(error).strip().splitlines()[0][:300]}")
+@contextlib.contextmanager
+def reading(what: Path) -> Iterator[None]:
+    """Turn Spark's complaint about a file into an InputError of one line."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import AnalysisException, PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        java = error.java_exception if isinstance(error, Py4JJavaError) else getattr(error, "_origin", None)
+        said = [str(error)] if java is None else []
+        while java is not None:
+            said.append(str(java.getMessage()))
+            java = java.getCause()
+        if "FAILED_READ_FILE" not in said[0] and not isinstance(error, AnalysisException):
+            raise
+        lines = [" ".join(text.split())[:200] for text in dict.fromkeys([said[0], said[-1]])]
+        raise InputError(f"{what}: cannot be read: {'; '.join(lines)}") from None
 
 
 def typed_rows(raw: "DataFrame", source: Source, table: str, between: tuple[str, str]) -> "DataFrame":
@@ -168,7 +181,10 @@ def _open(spark: "SparkSession", files: list[str], source: Source) -> "DataFrame
     reader = spark.read.option("encoding", source.encoding)
     names = source.names
     if source.format == "csv":
-        reader = reader.options(sep=source.separator, quote='"', escape='"', multiLine=source.multiline)
+        # A quote within quotes is written twice: it escapes itself.
+        reader = reader.options(
+            sep=source.separator, quote=source.quote, escape=source.quote, multiLine=source.multiline
+        )
         if names is None:
             reader = reader.options(header=True, enforceSchema=False)
             names = reader.csv(files[0]).columns

@@ -77,13 +77,19 @@ def run(ctx: JobContext) -> None:
     catalogue = ctx.read("item", [d for d in ctx.store.days("item") if d <= ctx.ds])
     latest = Window.partitionBy("item_id").orderBy(F.desc("ds"))
     catalogue = catalogue.withColumn("n", F.row_number().over(latest)).where("n = 1").drop("n")
-    known = ctx.read("item_semantic_id")
-    new = catalogue.join(known.where(F.col("codebook_version") == version), "item_id", "left_anti")
+    known = ctx.read("item_semantic_id").where(F.col("codebook_version") == version)
+    unnamed = catalogue.join(known.where(F.col("ds") <= ctx.ds), "item_id", "left_anti")
+    # A later day may have run before this one: its IDs hold here too.
+    first = Window.partitionBy("item_id").orderBy("ds")
+    later = known.withColumn("n", F.row_number().over(first)).where("n = 1").drop("n", "ds")
+    inherited = later.join(unnamed.select("item_id"), "item_id", "left_semi")
+    new = unnamed.join(later, "item_id", "left_anti")
     taken = None
     if ctx.config.codebook.unique_ids:
         # Of all days, also later ones: an ID that was published belongs to its item for good.
         taken = load_semantic_ids(ctx.store, version, "9999-12-31").codes
         taken = taken.reshape(-1, codebook.levels)
     assigned = item_semantic_id(new, models, version, manifest.parameters["encoder"], taken)
-    kept = known.where(F.col("ds") == ctx.ds)
-    ctx.write("item_semantic_id", kept.unionByName(assigned.withColumn("ds", F.lit(ctx.ds))))
+    kept = ctx.read("item_semantic_id", [ctx.ds])
+    added = assigned.unionByName(inherited).withColumn("ds", F.lit(ctx.ds))
+    ctx.write("item_semantic_id", kept.unionByName(added))

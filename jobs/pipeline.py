@@ -1,5 +1,6 @@
 """The daily pipeline: its stages in order, and running them for one day or many."""
 
+import datetime as dt
 import functools
 import importlib
 import re
@@ -48,6 +49,14 @@ class StageResult:
     seconds: float
 
 
+def parse_day(text: str) -> dt.date:
+    """A log date that somebody wrote; ConfigError says how to write it."""
+    try:
+        return dt.date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{text}: not a day, write it as 2026-01-31") from None
+
+
 def run_day(
     warehouse: Warehouse,
     ds: str,
@@ -68,12 +77,8 @@ def run_day(
         ConfigError: an unknown stage.
         NegrecError: a stage failed; those before it stay committed.
     """
-    known = [*DAILY_STAGES, *EXTRA_STAGES]
-    unknown = sorted(set(stages) - set(known))
-    if unknown:
-        raise ConfigError(f"stage {', '.join(unknown)}: unknown; there are {', '.join(known)}")
     results = []
-    for name in sorted(stages, key=known.index):
+    for name in _in_order(stages):
         revision = warehouse.store.revision(name, ds)
         if revision and not force:
             results.append(StageResult(name, ds, revision, False, 0.0))
@@ -100,8 +105,8 @@ def run_range(
     """
     shown = reporter or Quiet()
     results = []
-    rest = list(stages)
-    if "feedback" in stages:
+    rest = _in_order(stages)
+    if "feedback" in rest:
         rest.remove("feedback")
         by_revision: dict[int, list[str]] = {}
         for day in days:
@@ -122,6 +127,14 @@ def run_range(
     for day in days if rest else []:
         results += run_day(warehouse, day, rest, force, reporter)
     return results
+
+
+def _in_order(stages: Sequence[str]) -> list[str]:
+    known = [*DAILY_STAGES, *EXTRA_STAGES]
+    unknown = sorted(set(stages) - set(known))
+    if unknown:
+        raise ConfigError(f"stage {', '.join(unknown)}: unknown; there are {', '.join(known)}")
+    return sorted(set(stages), key=known.index)
 
 
 def run_stage(name: str, ctx: JobContext) -> None:

@@ -2,15 +2,25 @@
 
 A logistic model of a few figures that the ranking service can compute from published tables: how
 near the item's semantic ID is to the user's predicted ones, weighed by the generator's
-probabilities or not, and the smoothed dislike rates of the item and of the user. One definition
-serves calibration, the published entries and the reader.
+probabilities or not, how near it is to what the user disliked and liked before, and the smoothed
+dislike rates of the item and of the user. One definition serves calibration, the published entries
+and the reader.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-FEATURES = ("similarity", "affinity", "item_log_odds", "user_log_odds")
+FEATURES = (
+    "similarity",
+    "affinity",
+    "near_dislikes",
+    "near_likes",
+    "item_log_odds",
+    "user_log_odds",
+)
+KERNEL = 5.0  # how fast a past item counts less with distance
+FLOOR = 0.1  # what stands for a user without a past; it also damps the first past items
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ def features(
     candidates: np.ndarray,
     entries: np.ndarray,
     log_probs: np.ndarray,
+    disliked: np.ndarray,
+    liked: np.ndarray,
     item_log_odds: np.ndarray,
     user_log_odds: float,
 ) -> np.ndarray:
@@ -63,6 +75,9 @@ def features(
             an item without one.
         entries: unit embeddings of the user's predicted IDs, [m, dim]; m may be 0.
         log_probs: the generator's log-probabilities of the entries, finite, [m].
+        disliked: unit embeddings of the IDs of the user's past dislikes, [d, dim]; d may be 0. They
+            and the likes are those listed in `user_context` that have an ID, as often as listed.
+        liked: the same of the past likes, [l, dim].
         item_log_odds: of the candidates, [n].
         user_log_odds: of the user.
 
@@ -75,9 +90,26 @@ def features(
         weight = np.exp(log_probs - log_probs.max())
         out[:, 0] = cosine.max(axis=0)
         out[:, 1] = (weight / weight.sum()) @ cosine
-    out[:, 2] = item_log_odds
-    out[:, 3] = user_log_odds
+    out[:, 2] = near(candidates, disliked)
+    out[:, 3] = near(candidates, liked)
+    out[:, 4] = item_log_odds
+    out[:, 5] = user_log_odds
     return out
+
+
+def near(candidates: np.ndarray, past: np.ndarray) -> np.ndarray:
+    """How near candidates are to past items: log(FLOOR + sum_p exp(KERNEL (cos(x, p) - 1))).
+
+    A kernel density, so that many items near by count for more than one.
+
+    Args:
+        candidates: unit embeddings, [n, dim]; a zero row has cosine 0 to everything.
+        past: unit embeddings, [m, dim]; without any the value is log(FLOOR).
+
+    Returns:
+        [n].
+    """
+    return np.log(FLOOR + np.exp(KERNEL * (past @ candidates.T - 1.0)).sum(axis=0))
 
 
 def smoothed_log_odds(

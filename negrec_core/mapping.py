@@ -85,6 +85,9 @@ class Source(_Model):
     format: Literal["csv", "jsonl", "parquet"]
     separator: str = Field(default=",", min_length=1)
     encoding: Literal["UTF-8", "ISO-8859-1"] = "UTF-8"
+    quote: str = Field(
+        default='"', max_length=1, description="around CSV values that hold a separator; empty: none is"
+    )
     multiline: bool = Field(
         default=False, description="quoted CSV values may hold line breaks; a file is then one task"
     )

@@ -50,29 +50,39 @@ def auc(scores: np.ndarray, disliked: np.ndarray) -> float:
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def within_user_auc(scores: np.ndarray, disliked: np.ndarray, users: np.ndarray) -> float:
-    """AUC over pairs of the same user, all pairs counting alike.
+def user_pairs(scores: np.ndarray, disliked: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of a disliked and a liked exposure of the same user.
 
     Args:
         scores: [n].
         disliked: bool [n].
-        users: integer codes of users [n].
+        users: integer codes of users [n], from 0.
+
+    Returns:
+        Per user code, float64: the pairs whose disliked one scores higher, a tie counting half, and
+        all pairs.
     """
     order = np.argsort(users, kind="stable")
-    bounds = np.flatnonzero(np.diff(users[order], prepend=-1, append=-1))
-    total = weight = 0.0
-    for start, stop in itertools.pairwise(bounds):
+    n_users = int(users.max()) + 1 if len(users) else 0
+    bounds = np.searchsorted(users[order], np.arange(n_users + 1))
+    ordered, pairs = np.zeros(n_users), np.zeros(n_users)
+    for user, (start, stop) in enumerate(itertools.pairwise(bounds)):
         rows = order[start:stop]
-        pairs = float(disliked[rows].sum()) * float((~disliked[rows]).sum())
-        if pairs:
-            total += auc(scores[rows], disliked[rows]) * pairs
-            weight += pairs
-    return total / weight if weight else float("nan")
+        pairs[user] = float(disliked[rows].sum()) * float((~disliked[rows]).sum())
+        if pairs[user]:
+            ordered[user] = auc(scores[rows], disliked[rows]) * pairs[user]
+    return ordered, pairs
 
 
-def hit_rate(hits: np.ndarray) -> float:
-    """Share of true among bool [rows]; NaN for none."""
-    return float(hits.mean()) if len(hits) else float("nan")
+def within_user_auc(ordered: np.ndarray, pairs: np.ndarray) -> float:
+    """AUC over pairs of the same user, all pairs counting alike; NaN without any.
+
+    Args:
+        ordered: per user, of `user_pairs`.
+        pairs: per user, of `user_pairs`.
+    """
+    total = float(pairs.sum())
+    return float(ordered.sum()) / total if total else float("nan")
 
 
 def bootstrap(

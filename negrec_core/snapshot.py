@@ -46,6 +46,23 @@ class Published:
 
 
 @dataclass(frozen=True, eq=False)
+class History:
+    """Past items of every user, those of one user after those of another.
+
+    Attributes:
+        starts: int64 [users + 1]; the items of user row r are `rows[starts[r]:starts[r + 1]]`.
+        rows: row of `Snapshot.item_unit` of each item, int32 [items].
+    """
+
+    starts: np.ndarray
+    rows: np.ndarray
+
+    def of(self, user_row: int) -> np.ndarray:
+        """Rows int32 [m] of one user's items."""
+        return self.rows[self.starts[user_row] : self.starts[user_row + 1]]
+
+
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """One published list with all that scoring needs; never changed, so readers need no locks.
 
@@ -54,10 +71,12 @@ class Snapshot:
         revision: its revision.
         expires_on: first day on which it no longer holds.
         score: the calibrated block score.
-        users: user id -> row of `starts` and `user_log_odds`, for users that have entries.
+        users: user id -> row, for users that have entries; these are the first rows.
+        others: user id -> row, for users with a context but without entries; these follow.
         starts: int64 [users + 1]; the entries of user row r are `starts[r]:starts[r + 1]`.
-        user_log_odds: smoothed log odds of these users, float64 [users].
-        other_log_odds: user id -> log odds, for users with feedback but without entries.
+        user_log_odds: smoothed, float64 [users + others + 1]; the last is the prior.
+        disliked: past dislikes of [users + others + 1]; the last has none.
+        liked: past likes of the same.
         entries: row of `sid_unit` of each entry, int32 [entries].
         ranks: rank of each entry, int32 [entries].
         log_probs: float32 [entries].
@@ -74,9 +93,11 @@ class Snapshot:
     expires_on: dt.date
     score: BlockScore
     users: dict[str, int]
+    others: dict[str, int]
     starts: np.ndarray
     user_log_odds: np.ndarray
-    other_log_odds: dict[str, float]
+    disliked: History
+    liked: History
     entries: np.ndarray
     ranks: np.ndarray
     log_probs: np.ndarray
@@ -91,12 +112,15 @@ class Snapshot:
         """Block-score features [n, F] of items for a user."""
         rows = np.fromiter(map(self.items.get, item_ids, repeat(-1)), np.intp, len(item_ids))
         span = self.span(user_id)
+        user = self._row_of(user_id)
         return features(
             self.item_unit[rows],
             self.sid_unit[self.entries[span]],
             self.log_probs[span],
+            self.item_unit[self.disliked.of(user)],
+            self.item_unit[self.liked.of(user)],
             self.item_log_odds[rows],
-            self._log_odds_of(user_id),
+            float(self.user_log_odds[user]),
         )
 
     def span(self, user_id: str) -> slice:
@@ -104,11 +128,10 @@ class Snapshot:
         row = self.users.get(user_id)
         return slice(0, 0) if row is None else slice(*self.starts[row : row + 2].tolist())
 
-    def _log_odds_of(self, user_id: str) -> float:
+    def _row_of(self, user_id: str) -> int:
+        """Row of a user; that of a user of whom nothing is known is the last."""
         row = self.users.get(user_id)
-        if row is None:
-            return self.other_log_odds.get(user_id, self.score.prior_log_odds)
-        return float(self.user_log_odds[row])
+        return self.others.get(user_id, len(self.user_log_odds) - 1) if row is None else row
 
 
 def newest_list(store: DeltaStore, today: dt.date) -> Published:
@@ -223,7 +246,9 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
     # Column by column: the whole table would take twice the memory.
     files = store.files("block_list", [ds], found.version)
     names, starts, order = _grouped(_column(files, "user_id"), _column(files, "rank"))
-    user_log_odds = _user_log_odds(store, ds, inputs["user_context"], score)
+    others, user_log_odds, disliked, liked = _contexts(
+        store.files("user_context", [ds], inputs["user_context"]), names, ids.items, score
+    )
     try:
         item_unit = codebook.unit(ids.codes)
         entries, sid_unit = _distinct(_column(files, "codes", order), codebook)
@@ -238,9 +263,11 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         expires_on=found.expires_on,
         score=score,
         users={name: row for row, name in enumerate(names)},
+        others={name: row for row, name in enumerate(others, len(names))},
         starts=starts,
-        user_log_odds=np.array([user_log_odds.pop(name, prior) for name in names]),
-        other_log_odds=user_log_odds,
+        user_log_odds=user_log_odds,
+        disliked=disliked,
+        liked=liked,
         entries=entries,
         ranks=_column(files, "rank", order).to_numpy(),
         log_probs=_column(files, "log_prob", order).to_numpy(),
@@ -254,9 +281,9 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
 
 
 def _column(files: Sequence[str], name: str, order: np.ndarray | None = None) -> pa.ChunkedArray:
-    """One column of data files, one file after another; `order` rearranges the rows."""
+    """One column of data files (a path for a part of it), one after another; `order` rearranges rows."""
     parts = [pq.ParquetFile(file).read(columns=[name]) for file in files]
-    column = pa.concat_tables(parts)[name]
+    column = pa.concat_tables(parts).column(0)
     return column if order is None else column.take(pa.array(order))
 
 
@@ -270,7 +297,7 @@ def _grouped(
     """
     users = user_ids.dictionary_encode().combine_chunks()
     row = users.indices.to_numpy().astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(row))])
+    starts = _starts(np.bincount(row))
     row <<= 32
     row += ranks.to_numpy()
     order = np.argsort(row) if (row[1:] <= row[:-1]).any() else None
@@ -293,7 +320,45 @@ def _distinct(codes: pa.ChunkedArray, codebook: Codebook) -> tuple[np.ndarray, n
     return row.astype(np.int32), codebook.unit(flat[some_entry])
 
 
-def _user_log_odds(store: DeltaStore, ds: str, version: int, score: BlockScore) -> dict[str, float]:
-    counts = store.read("user_context", ["user_id", "n_negatives", "n_positives"], days=[ds], version=version)
-    odds = score.user_log_odds(counts["n_negatives"].to_numpy(), counts["n_positives"].to_numpy())
-    return dict(zip(counts["user_id"].to_pylist(), odds.tolist(), strict=True))
+def _contexts(
+    files: Sequence[str], listed: list[str], items: list[str], score: BlockScore
+) -> tuple[list[str], np.ndarray, History, History]:
+    """What `user_context` knows: other users than the listed, and log odds, dislikes and likes of all.
+
+    Rows are those of `Snapshot`: the listed users, the others, and one for a user who is not known.
+    """
+    if not files:
+        nothing = History(np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32))
+        return [], np.full(len(listed) + 1, score.prior_log_odds), nothing, nothing
+    users = _column(files, "user_id")
+    row = pc.index_in(pa.array(listed, users.type), users)
+    other = pc.indices_nonzero(pc.invert(pc.is_in(users, pa.array(listed, users.type))))
+    # A null index takes a null: no counts and no items.
+    order = pa.concat_arrays([row, other.cast(pa.int32()), pa.nulls(1, pa.int32())])
+    counts = [
+        _column(files, name).take(order).fill_null(0).to_numpy() for name in ("n_negatives", "n_positives")
+    ]
+    known = pa.array(items, pa.string())
+    return (
+        users.take(other).to_pylist(),
+        score.user_log_odds(*counts),
+        # Only the ids: the lists' times and reasons are most of their size.
+        _history(_column(files, "negatives.list.element.item_id"), known, order),
+        _history(_column(files, "positives.list.element.item_id"), known, order),
+    )
+
+
+def _history(lists: pa.ChunkedArray, known: pa.Array, order: pa.Array) -> History:
+    """The items of lists that have an ID, as rows among the known; lists in the given order."""
+    whole = lists.combine_chunks()
+    row = pc.index_in(pc.struct_field(pc.list_flatten(whole), "item_id"), known)
+    owner = pc.list_parent_indices(whole).filter(row.is_valid()).to_numpy()
+    starts = _starts(np.bincount(owner, minlength=len(whole)))
+    ordered = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), row.drop_null()).take(order)
+    lengths = pc.list_value_length(ordered).fill_null(0)
+    return History(_starts(lengths.to_numpy()), pc.list_flatten(ordered).to_numpy())
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """Where lists of these lengths start in one row after another, and the end: int64 [n + 1]."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -17,7 +17,7 @@ from negrec_core.schemas import TABLES
 
 Codes = tuple[int, ...]
 DS = "2026-03-10"
-PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.5, 0.5]), -2.0, 0.5, -1.0, 5.0)
+PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.6, -0.4, 0.5, 0.5]), -2.0, 0.5, -1.0, 5.0)
 
 
 class Entry(NamedTuple):
@@ -27,6 +27,15 @@ class Entry(NamedTuple):
     log_prob: float = -1.0
     because: str | None = None
     reason: str | None = None
+
+
+class Context(NamedTuple):
+    """A user's past: items disliked and liked, and how many in all."""
+
+    negatives: Sequence[str] = ()
+    positives: Sequence[str] = ()
+    n_negatives: int = 0
+    n_positives: int = 0
 
 
 def small_codebook(code_counts: Sequence[int] = (4, 4, 4), dim: int = 8, seed: int = 0) -> Codebook:
@@ -80,7 +89,7 @@ def publish(
     revision: int = 1,
     score: BlockScore = PLAIN_SCORE,
     rates: Mapping[str, float] | None = None,
-    counts: Mapping[str, tuple[int, int]] | None = None,
+    contexts: Mapping[str, Context] | None = None,
     expires_on: dt.date | None = None,
 ) -> DeltaStore:
     """Write every table of a block list, the list last.
@@ -94,7 +103,7 @@ def publish(
         revision: revision of all partitions.
         score: the block score.
         rates: item -> log odds.
-        counts: user -> (dislikes, likes).
+        contexts: user -> what the user disliked and liked before.
         expires_on: default: eight days after `ds`.
     """
     store = DeltaStore(root)
@@ -114,8 +123,15 @@ def publish(
         ],
         "item_rate": [{"item_id": item, "log_odds": odds} for item, odds in (rates or {}).items()],
         "user_context": [
-            {"user_id": user, "n_negatives": n, "n_positives": p, "bucket": len(user) % 2}
-            for user, (n, p) in (counts or {}).items()
+            {
+                "user_id": user,
+                "negatives": [{"item_id": item} for item in context.negatives],
+                "positives": [{"item_id": item} for item in context.positives],
+                "n_negatives": context.n_negatives,
+                "n_positives": context.n_positives,
+                "bucket": len(user) % 2,
+            }
+            for user, context in (contexts or {}).items()
         ],
         "block_score": [score_row(score)],
     }

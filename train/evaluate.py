@@ -14,10 +14,10 @@ import pandas as pd
 from negrec_core.block_score import FEATURES, smoothed_log_odds
 from negrec_core.blocklist import Snapshot, load_snapshot
 from negrec_core.config import Config
-from negrec_core.delta import DeltaStore
+from negrec_core.delta import DeltaStore, day_range
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
-from negrec_core.metrics import Estimate, auc, blocked_at, bootstrap, within_user_auc
+from negrec_core.metrics import Estimate, auc, blocked_at, bootstrap, user_pairs, within_user_auc
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
 
@@ -81,11 +81,19 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
     """Judge the list of `ds` by the feedback of the horizon after its anchors.
 
     Raises:
-        MissingError: no list for `ds`, or nothing was logged after it.
+        MissingError: no list for `ds`, or the horizon after it was not logged to its end.
     """
-    store = DeltaStore(warehouse)
-    store.require("block_list", [ds], f"run `negrec run --ds {ds}`")
-    snapshot = load_snapshot(warehouse, dt.date.fromisoformat(ds))
+    store, day = DeltaStore(warehouse), dt.date.fromisoformat(ds)
+    if ds not in store.days("block_list"):
+        raise MissingError(f"table block_list: no entries for ds={ds}; run `negrec run --ds {ds}`")
+    if config.anchors == "end_of_day":
+        first, last = (day + dt.timedelta(days=n) for n in (1, config.labels.horizon_days))
+        hint = (
+            f"the list is judged by the {config.labels.horizon_days} days after it: import them, then"
+            f" run `negrec backfill --start {first} --end {last} --stages feedback`"
+        )
+        store.require("feedback", day_range(first, last), hint)
+    snapshot = load_snapshot(warehouse, day)
     past, future = split_feedback(store, config, ds)
     exposures = judged(future)
     if exposures["disliked"].nunique() < 2:
@@ -260,6 +268,8 @@ def _flattened(features: np.ndarray, column: int) -> np.ndarray:
 
 def _row(name: str, scores: np.ndarray, exposures: pd.DataFrame, hits: pd.DataFrame, seed: int) -> Row:
     disliked, users = exposures["disliked"].to_numpy(), exposures["user"].to_numpy()
+    # Summed per user beforehand: a user drawn twice must count twice, not pair with itself.
+    ordered, pairs = user_pairs(scores, disliked, users)
 
     def over_users(column: str, rows: pd.DataFrame) -> Estimate:
         values = rows[column].to_numpy(float)
@@ -273,7 +283,7 @@ def _row(name: str, scores: np.ndarray, exposures: pd.DataFrame, hits: pd.DataFr
         blocked_at_5=bootstrap(lambda at: blocked_at(scores[at], disliked[at], 0.05), users, seed),
         auc=bootstrap(lambda at: auc(scores[at], disliked[at]), users, seed),
         within_user_auc=bootstrap(
-            lambda at: within_user_auc(scores[at], disliked[at], users[at]), users, seed, rounds=20
+            lambda at: within_user_auc(ordered[at], pairs[at]), np.arange(len(pairs)), seed
         ),
         hr=over_users("hr", hits),
         fhr=over_users("fhr", hits),

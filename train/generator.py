@@ -72,7 +72,7 @@ def train_generator(
     model, tokenizer, prompt = build_model(
         settings.preset,
         load_prompt_text(settings.prompt),
-        codebook.code_counts,
+        codebook,
         settings.prompt_tokens,
         seed,
     )

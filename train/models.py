@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from negrec_core.beam import SidVocabulary
+from negrec_core.codebook import Codebook
 from negrec_core.config import read_yaml, validation_line
 from negrec_core.errors import ConfigError, MissingError
 from negrec_core.prompts import PromptWriter, sid_token
@@ -26,6 +27,9 @@ from negrec_core.resources import resource
 
 # vLLM and tensor cores want a vocabulary that divides evenly.
 _VOCABULARY_MULTIPLE = 64
+# Standard deviation of a new model's code tokens: above its other weights (0.02), so that what the
+# codewords say is heard from the first step.
+_SCRATCH_SPREAD = 0.06
 
 
 class _Preset(BaseModel):
@@ -90,32 +94,38 @@ def load_prompt_text(name: str) -> PromptText:
 
 
 def build_model(
-    preset_name: str, text: PromptText, code_counts: tuple[int, ...], max_tokens: int, seed: int
+    preset_name: str, text: PromptText, codebook: Codebook, max_tokens: int, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PromptWriter]:
     """A model that knows the semantic-ID tokens, its tokenizer and its prompt writer.
 
     Args:
         preset_name: a file in conf/models.
         text: literal parts of the prompt.
-        code_counts: codes per level of the codebook.
+        codebook: whose codes become tokens; similar codewords start as similar tokens.
         max_tokens: longest prompt.
         seed: of new weights.
     """
     preset = load_preset(preset_name)
     torch.manual_seed(seed)
+    code_counts = codebook.code_counts
     tokens = [sid_token(level, code) for level, n in enumerate(code_counts) for code in range(n)]
     if isinstance(preset, ScratchPreset):
         tokenizer: PreTrainedTokenizerBase = _word_tokenizer(text, tokens)
         model = _scratch_model(preset, tokenizer, max_tokens + len(code_counts))
+        mean, spread = torch.zeros(preset.hidden_size), torch.tensor(_SCRATCH_SPREAD)
     else:
         model, tokenizer = _open_pretrained(preset)
         tokenizer.add_tokens(tokens, special_tokens=False)
-        _add_rows(model, len(tokenizer), len(tokens))
+        old = _token_tables(model)[0][: len(tokenizer) - len(tokens)]
+        mean, spread = old.mean(0), old.std(0)
+        model.resize_token_embeddings(_round_up(len(tokenizer)), mean_resizing=False)
+    prompt = _prompt_writer(tokenizer, text, code_counts, max_tokens)
+    _place_codes(model, prompt.vocabulary, codebook, mean, spread)
     # Sampling defaults that come with a model must not reach a beam search.
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    return model, tokenizer, _prompt_writer(tokenizer, text, code_counts, max_tokens)
+    return model, tokenizer, prompt
 
 
 def _word_tokenizer(text: PromptText, sid_tokens: list[str]) -> PreTrainedTokenizerFast:
@@ -192,15 +202,25 @@ def _open_pretrained(
 
 
 @torch.no_grad()
-def _add_rows(model: PreTrainedModel, size: int, added: int) -> None:
-    """Grow the embeddings; new rows spread like the old ones, or they would all score the same."""
-    old = _token_tables(model)[0]
-    mean, spread = old[: size - added].mean(0), old[: size - added].std(0)
-    model.resize_token_embeddings(_round_up(size), mean_resizing=False)
-    # Tied tables are one and the same.
-    for table in {id(t): t for t in _token_tables(model)}.values():
-        rows = table[size - added : size]
-        rows.copy_(mean + torch.randn(rows.shape).to(rows) * spread)
+def _place_codes(
+    model: PreTrainedModel,
+    vocabulary: SidVocabulary,
+    codebook: Codebook,
+    mean: torch.Tensor,
+    spread: torch.Tensor,
+) -> None:
+    """Start the code tokens from the codewords, so that what is learnt of a code holds for its like.
+
+    Each level's centred codewords go through one random projection to the model's width, scaled to
+    `spread` around `mean`; a tenth of noise keeps equal codewords apart.
+    """
+    for first, words in zip(vocabulary.first_token, codebook.codewords, strict=True):
+        centred = torch.from_numpy(words - words.mean(0))
+        rows = centred @ torch.randn(words.shape[1], len(mean))
+        rows = rows / rows.std().clamp_min(1e-12) + 0.1 * torch.randn(rows.shape)
+        # Tied tables are one and the same.
+        for table in {id(t): t for t in _token_tables(model)}.values():
+            table[first : first + len(words)] = (mean + spread * rows).to(table.dtype)
 
 
 def _token_tables(model: PreTrainedModel) -> list[Any]:

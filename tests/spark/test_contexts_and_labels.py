@@ -59,9 +59,7 @@ def test_a_context_is_the_newest_feedback_before_the_anchor(spark: Any, frame: A
     found = user_context(frame("feedback", rows), anchors_frame(spark, anchors), settings, 10).toArrow()
     expected = {}
     for user, anchor in anchors:
-        own = [
-            r for r in rows if r["user_id"] == user and anchor - 10 * DAY <= r["event_time"] < anchor
-        ]
+        own = [r for r in rows if r["user_id"] == user and anchor - 10 * DAY <= r["event_time"] < anchor]
         if own:
             expected[user] = {
                 polarity: sorted(
@@ -173,12 +171,8 @@ def test_samples_hold_only_what_came_before_their_target(frame: Any, seed: int) 
     for row in found:
         assert (row["user_id"], row["anchor_time"], row["target"]) in dislikes
         past = [r for r in rows if r["user_id"] == row["user_id"] and r["event_time"] < row["anchor_time"]]
-        assert {e["item_id"] for e in row["negatives"]} == {
-            r["item_id"] for r in past if r["polarity"] == -1
-        }
-        assert {e["item_id"] for e in row["positives"]} == {
-            r["item_id"] for r in past if r["polarity"] == 1
-        }
+        assert {e["item_id"] for e in row["negatives"]} == {r["item_id"] for r in past if r["polarity"] == -1}
+        assert {e["item_id"] for e in row["positives"]} == {r["item_id"] for r in past if r["polarity"] == 1}
 
 
 def test_poisoned_future_changes_no_context_rate_or_sample(spark: Any, frame: Any) -> None:

@@ -19,8 +19,7 @@ def event(user: str, item: str, seconds: float, action: str, **more: Any) -> dic
 
 def rows_of(frame: Any) -> set[tuple[Any, ...]]:
     return {
-        (r["user_id"], r["item_id"], r["polarity"], r["source"], r["reason_class"])
-        for r in frame.collect()
+        (r["user_id"], r["item_id"], r["polarity"], r["source"], r["reason_class"]) for r in frame.collect()
     }
 
 
@@ -65,9 +64,7 @@ def test_actions_get_their_polarity_and_exposures_none(frame: Any) -> None:
         ("some wording nobody mapped", "other"),
     ],
 )
-def test_reasons_that_do_not_speak_of_interest_are_dropped(
-    frame: Any, reason: str, kept: str | None
-) -> None:
+def test_reasons_that_do_not_speak_of_interest_are_dropped(frame: Any, reason: str, kept: str | None) -> None:
     found = polarise(frame, [event("u", "a", 0, "dislike", reason=reason)])
     assert found == ({("u", "a", -1, "explicit", kept)} if kept else set())
 

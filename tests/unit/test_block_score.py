@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 
 from negrec_core.block_score import (
     FEATURES,
+    FLOOR,
+    KERNEL,
     BlockScore,
     curve,
     features,
+    near,
     sigmoid,
     smoothed_log_odds,
     threshold_at,
@@ -25,45 +28,77 @@ def unit_rows(rng, n, dim):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def features_by_loop(candidates, entries, log_probs, item_log_odds, user_log_odds):
+def features_by_loop(candidates, entries, log_probs, disliked, liked, item_log_odds, user_log_odds):
+    def cosine(one, other):
+        return sum(float(a) * float(b) for a, b in zip(one, other, strict=True))
+
     rows = []
     for candidate, item in zip(candidates, item_log_odds, strict=True):
         similarity, affinity, total = -math.inf, 0.0, 0.0
         for entry, log_prob in zip(entries, log_probs, strict=True):
-            cosine = sum(float(a) * float(b) for a, b in zip(candidate, entry, strict=True))
-            similarity = max(similarity, cosine)
-            affinity += math.exp(log_prob) * cosine
+            similarity = max(similarity, cosine(candidate, entry))
+            affinity += math.exp(log_prob) * cosine(candidate, entry)
             total += math.exp(log_prob)
         if not len(entries):
             similarity, affinity, total = 0.0, 0.0, 1.0
-        rows.append([similarity, affinity / total, float(item), user_log_odds])
+        history = [
+            math.log(0.1 + sum(math.exp(5 * (cosine(candidate, item) - 1)) for item in past))
+            for past in (disliked, liked)
+        ]
+        rows.append([similarity, affinity / total, *history, float(item), user_log_odds])
     return np.array(rows).reshape(-1, len(FEATURES))
 
 
-@given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 2**32 - 1))
-def test_features_equal_a_plain_loop(n, m, seed):
+sizes = st.integers(0, 6)
+
+
+@given(st.integers(0, 12), sizes, sizes, sizes, st.integers(0, 2**32 - 1))
+def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, seed):
     rng = np.random.default_rng(seed)
     candidates = np.vstack([unit_rows(rng, n, 5), np.zeros((1, 5), np.float32)])
     entries, log_probs = unit_rows(rng, m, 5), -rng.exponential(3, m)
-    item_log_odds = rng.normal(size=n + 1)
-    ours = features(candidates, entries, log_probs, item_log_odds, 0.7)
-    expected = features_by_loop(candidates, entries, log_probs, item_log_odds, 0.7)
-    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    disliked, liked = unit_rows(rng, n_disliked, 5), unit_rows(rng, n_liked, 5)
+    inputs = (candidates, entries, log_probs, disliked, liked, rng.normal(size=n + 1), 0.7)
+    ours = features(*inputs)
+    np.testing.assert_allclose(ours, features_by_loop(*inputs), atol=1e-5)
+    assert ours.shape == (n + 1, len(FEATURES))
     assert (ours[-1, :2] == 0).all()
 
 
 def test_affinity_survives_tiny_probabilities():
     rng = np.random.default_rng(0)
-    candidates, entries = unit_rows(rng, 3, 4), unit_rows(rng, 2, 4)
-    far = features(candidates, entries, np.array([-1000.0, -1001.0]), np.zeros(3), 0.0)
-    near = features(candidates, entries, np.array([0.0, -1.0]), np.zeros(3), 0.0)
-    np.testing.assert_allclose(far, near)
+    candidates, entries, past = (unit_rows(rng, n, 4) for n in (3, 2, 2))
+    rest = (past, past, np.zeros(3), 0.0)
+    far = features(candidates, entries, np.array([-1000.0, -1001.0]), *rest)
+    close = features(candidates, entries, np.array([0.0, -1.0]), *rest)
+    np.testing.assert_allclose(far, close)
+
+
+@given(st.integers(0, 8), st.integers(0, 2**32 - 1))
+def test_nearness_grows_with_each_past_item_and_most_with_the_same_one(m, seed):
+    rng = np.random.default_rng(seed)
+    candidates, past, more = unit_rows(rng, 4, 5), unit_rows(rng, m, 5), unit_rows(rng, 1, 5)
+    before = near(candidates, past)
+    after = near(candidates, np.vstack([past, more]))
+    same = near(candidates, np.vstack([past, candidates[:1]]))
+    assert (before >= np.log(FLOOR) - 1e-6).all()
+    assert (after > before).all()
+    assert same[0] >= after[0] - 1e-6
+    # Each item adds from exp(-2 KERNEL), at the other end, to 1, where they are the same.
+    added = np.exp(after.astype(float)) - np.exp(before.astype(float))
+    assert (added > np.exp(-2 * KERNEL) - 1e-5).all()
+    assert (added < 1 + 1e-5).all()
+
+
+def test_without_a_past_nearness_is_the_floor():
+    candidates = unit_rows(np.random.default_rng(0), 3, 4)
+    assert near(candidates, np.zeros((0, 4), np.float32)) == pytest.approx(np.log([0.1] * 3))
 
 
 def test_score_is_the_logistic_of_the_weighted_features():
-    score = BlockScore(np.array([1.0, -2.0, 0.5, 0.25]), 0.5, 0.5, -1.0, 5.0)
-    row = [0.3, 0.1, -1.2, 2.0]
-    odds = 0.3 - 0.2 - 0.6 + 0.5 + 0.5
+    score = BlockScore(np.array([1.0, -2.0, 0.3, -0.4, 0.5, 0.25]), 0.5, 0.5, -1.0, 5.0)
+    row = [0.3, 0.1, -1.0, -2.0, -1.2, 2.0]
+    odds = 0.3 - 0.2 - 0.3 + 0.8 - 0.6 + 0.5 + 0.5
     assert score.score(np.array([row]))[0] == pytest.approx(1 / (1 + math.exp(-odds)))
 
 
@@ -77,7 +112,7 @@ def test_sigmoid_never_overflows(x):
 
 
 def test_log_odds_start_at_the_prior_and_follow_the_counts():
-    score = BlockScore(np.zeros(4), 0.0, 0.5, math.log(0.2 / 0.8), 5.0)
+    score = BlockScore(np.zeros(len(FEATURES)), 0.0, 0.5, math.log(0.2 / 0.8), 5.0)
     prior, many, few = score.user_log_odds(np.array([0, 1000, 1]), np.array([0, 1000, 0]))
     assert prior == pytest.approx(score.prior_log_odds)
     assert many == pytest.approx(math.log((1000 + 1) / (1000 + 4)))

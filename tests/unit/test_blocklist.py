@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from warehouses import DS, PLAIN_SCORE, Entry, publish, save_codebook, score_row, small_codebook
+from warehouses import DS, PLAIN_SCORE, Context, Entry, publish, save_codebook, score_row, small_codebook
 from warehouses import write_rows as write
 
 from negrec_core import blocklist
@@ -38,8 +38,14 @@ ENTRIES = {
     "bob": [Entry((1, 1, 1), -0.5, "item 333", "product")],
     "zoé": [Entry((0, 0, 0), -2.0), Entry((0, 0, 1), -2.5), Entry((0, 1, 2), -3.0)],
 }
-COUNTS = {"ann": (9, 2), "zoé": (1, 30), "carl": (4, 0)}
-USERS = [*ENTRIES, "carl", "nobody"]
+# Neither "unknown" item has an ID; "item 010" twice counts twice.
+CONTEXTS = {
+    "ann": Context(["item 010", "unknown 1", "item 200", "item 010"], ["item 333"], 9, 2),
+    "carl": Context(["item 111", "item 330"], ["unknown 2"], 4, 0),
+    "dora": Context([], ["item 000", "item 322"], 0, 3),
+    "zoé": Context(["item 001"], [], 1, 30),
+}
+USERS = [*ENTRIES, "carl", "dora", "nobody"]
 PAGE = [*ITEMS, "no such item"]
 
 
@@ -47,7 +53,7 @@ PAGE = [*ITEMS, "no such item"]
 def warehouse(tmp_path_factory):
     root = tmp_path_factory.mktemp("warehouse")
     manifest = save_codebook(root, CODEBOOK_OF_TESTS)
-    publish(root, manifest.version, ITEMS, ENTRIES, rates=RATES, counts=COUNTS)
+    publish(root, manifest.version, ITEMS, ENTRIES, rates=RATES, contexts=CONTEXTS)
     return root
 
 
@@ -76,13 +82,22 @@ def score_by_loop(user, item):
     own = ENTRIES.get(user, [])
     cosines = [float(unit(e.codes) @ unit(ITEMS[item])) if item in ITEMS else 0.0 for e in own]
     weights = [math.exp(e.log_prob) for e in own]
-    dislikes, likes = COUNTS.get(user, (0, 0))
+    context = CONTEXTS.get(user, Context())
+    history = [
+        [
+            float(unit(ITEMS[past]) @ unit(ITEMS[item])) if item in ITEMS else 0.0
+            for past in items
+            if past in ITEMS
+        ]
+        for items in (context.negatives, context.positives)
+    ]
     prior = 1 / (1 + math.exp(-PLAIN_SCORE.prior_log_odds))
     parts = [
         max(cosines, default=0.0),
         sum(w * c for w, c in zip(weights, cosines, strict=True)) / (sum(weights) or 1.0),
+        *(math.log(0.1 + sum(math.exp(5 * (cosine - 1)) for cosine in past)) for past in history),
         RATES.get(item, PLAIN_SCORE.prior_log_odds),
-        math.log((dislikes + 5 * prior) / (likes + 5 * (1 - prior))),
+        math.log((context.n_negatives + 5 * prior) / (context.n_positives + 5 * (1 - prior))),
     ]
     odds = PLAIN_SCORE.intercept + sum(
         float(c) * p for c, p in zip(PLAIN_SCORE.coefficients, parts, strict=True)
@@ -140,6 +155,43 @@ def test_rows_may_lie_in_any_order_and_ranks_may_have_gaps(copy, blocks):
     item = next(item for item, codes in ITEMS.items() if codes == (2, 0, 1))
     assert shuffled.why("ann", item).rank == 3
     np.testing.assert_allclose(shuffled.scores("bob", PAGE), blocks.scores("bob", PAGE))
+
+
+def test_history_moves_the_score_of_users_without_entries_too(blocks):
+    """The users have no prediction: what tells their items apart is what they judged before."""
+    near, far = blocks.why("carl", "item 111"), blocks.why("carl", "no such item")
+    assert near.contributions["near_dislikes"] > far.contributions["near_dislikes"]
+    likes = [blocks.why("dora", item).contributions["near_likes"] for item in ("item 000", "no such item")]
+    assert likes[0] < likes[1]  # its coefficient is negative
+    assert blocks.allowed("carl", PAGE) == PAGE
+
+
+def test_histories_hold_the_items_that_have_an_id_in_the_order_of_the_lists(blocks):
+    snapshot = blocks.snapshot
+    known = {row: item for item, row in snapshot.items.items()}
+    rows = {**snapshot.users, **snapshot.others}
+    assert sorted(rows) == sorted({*ENTRIES, *CONTEXTS})
+    assert sorted(rows.values()) == list(range(len(rows)))
+    for user, row in rows.items():
+        context = CONTEXTS.get(user, Context())
+        for held, wanted in ((snapshot.disliked, context.negatives), (snapshot.liked, context.positives)):
+            found = [known[n] for n in held.of(row).tolist()]
+            assert found == [item for item in wanted if item in ITEMS]
+    for held in (snapshot.disliked, snapshot.liked):
+        assert held.of(len(rows)).tolist() == []
+        assert held.rows.dtype == np.int32
+
+
+def test_contexts_may_be_absent_or_hold_null_lists(copy):
+    root, version = copy
+    publish(root, version, ITEMS, ENTRIES, rates=RATES, revision=2)
+    without = BlockList.open(root, today=TODAY).scores("ann", PAGE)
+    publish(root, version, ITEMS, ENTRIES, rates=RATES, revision=3, contexts={"ann": Context()})
+    assert (BlockList.open(root, today=TODAY).scores("ann", PAGE) == without).all()
+    store = DeltaStore(root)
+    rows = [{"user_id": "ann", "n_negatives": 0, "n_positives": 0}]
+    republish(store, {"user_context": write(store, "user_context", rows, DS, 4)}, 4)
+    assert (BlockList.open(root, today=TODAY).scores("ann", PAGE) == without).all()
 
 
 # ---------------------------------------------------------------------------------- filtering pages
@@ -368,11 +420,11 @@ def nameless_inputs(root, version):
     write(store, "block_list", rows, DS, 2, Provenance({"item_rate": 1}))
 
 
-def republish(store, inputs):
+def republish(store, inputs, revision=2):
     """The same entries again, said to be made from other versions of some tables."""
     old = store.commit_of("block_list", DS).provenance
     rows = store.read("block_list").to_pylist()
-    write(store, "block_list", rows, DS, 2, Provenance({**old.inputs, **inputs}, old.models))
+    write(store, "block_list", rows, DS, revision, Provenance({**old.inputs, **inputs}, old.models))
 
 
 DAMAGE = {
@@ -430,8 +482,8 @@ def test_refresh_recovers_once_the_damage_is_repaired(copy):
 
 # Two kinds of list that agree on what to block, but whose scores and thresholds must not be mixed:
 # one's scores lie all under the other's threshold.
-LOW = BlockScore(np.array([0.4, 0.0, 0.0, 0.0]), -3.0, 1 / (1 + math.exp(2.7)), -1.0, 5.0)
-HIGH = BlockScore(np.array([0.4, 0.0, 0.0, 0.0]), 3.0, 1 / (1 + math.exp(-3.3)), -1.0, 5.0)
+LOW = BlockScore(np.array([0.4, 0.0, 0.0, 0.0, 0.0, 0.0]), -3.0, 1 / (1 + math.exp(2.7)), -1.0, 5.0)
+HIGH = BlockScore(np.array([0.4, 0.0, 0.0, 0.0, 0.0, 0.0]), 3.0, 1 / (1 + math.exp(-3.3)), -1.0, 5.0)
 SAME = next(item for item, codes in ITEMS.items() if codes == (1, 1, 1))
 FAR = min(ITEMS, key=lambda item: score_by_loop("bob", item)[1])
 

@@ -1,0 +1,539 @@
+"""The whole pipeline on a small world: from a log to a published list, and all that may go wrong."""
+
+import datetime as dt
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyspark.sql import SparkSession
+from typer.testing import CliRunner
+from warehouses import save_codebook, small_codebook
+
+import jobs.negative_item_set
+from jobs.block_list import load_catalogue
+from jobs.cli import app
+from jobs.context import JobContext, Warehouse
+from jobs.import_log import import_log
+from jobs.pipeline import DAILY_STAGES, run_day, run_range, run_stage
+from jobs.world import WorldSettings, generate
+from negrec_core.blocklist import BlockList
+from negrec_core.codebook import Codebook
+from negrec_core.config import Config, load_config
+from negrec_core.delta import DeltaStore, Provenance, day_range
+from negrec_core.errors import ArtefactError, ConflictError, GateError, MissingError, NegrecError
+from negrec_core.generator import CODEBOOK, GENERATOR, newest, open_generator
+from negrec_core.mapping import load_mapping
+from negrec_core.progress import silent
+from negrec_core.resources import resource
+from negrec_core.schemas import TABLES
+from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.trie import Trie
+from train.codebook import train_codebook
+from train.evaluate import evaluate
+from train.generator import train_generator
+
+# Read by torch in Spark's workers: threads that wait must not take the cores of those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+WORLD = WorldSettings(users=150, items=300, days=21, seed=3)
+LAST = WORLD.start + dt.timedelta(days=WORLD.days - 1)
+DS = (LAST - dt.timedelta(days=7)).isoformat()
+WEEK_BEFORE = (LAST - dt.timedelta(days=14)).isoformat()
+NEXT_DAY = (LAST - dt.timedelta(days=6)).isoformat()
+SETTINGS = (
+    "swing.min_common_users=1",
+    "codebook.epochs=3",
+    "codebook.max_collision_rate=1",
+    "codebook.max_dead_share=1",
+    "generator.preset=tiny",
+    "generator.max_steps=20",
+    "generator.batch_size=16",
+    "generation.beam_width=8",
+    "calibration.held_out_share=0.5",
+    "calibration.days=7",
+)
+SEED = 5
+
+
+@dataclass(frozen=True)
+class Site:
+    """A warehouse with all tables of `DS`; `fork` copies it, so that a test may change it."""
+
+    root: Path
+    config: Config
+    spark: SparkSession
+
+    def open(self) -> Warehouse:
+        warehouse = Warehouse(self.root, self.config)
+        warehouse.spark = self.spark  # the one of all tests
+        return warehouse
+
+    def fork(self, root: Path) -> "Site":
+        shutil.copytree(self.root, root)
+        return replace(self, root=root)
+
+
+class NoSpark(Warehouse):
+    """A warehouse that may not start Spark."""
+
+    @property
+    def spark(self) -> SparkSession:
+        raise AssertionError("Spark was started")
+
+
+@pytest.fixture(scope="module")
+def errors_on_the_way() -> dict[str, NegrecError]:
+    """What was raised while the site was being built, where a step had not been done yet."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def site(
+    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, errors_on_the_way: dict[str, NegrecError]
+) -> Site:
+    folder = tmp_path_factory.mktemp("site")
+    generate(WORLD, folder / "log", silent)
+    built = Site(folder / "warehouse", load_config(["demo"], SETTINGS, {}), spark)
+    warehouse = built.open()
+    warehouse.store.create_tables()
+    import_log(warehouse, folder / "log", load_mapping(resource("conf", "datasets", "demo.yaml")))
+    run_range(warehouse, day_range(WORLD.start, LAST), ["feedback"])
+
+    def refused(*stages: str) -> None:
+        before = table_versions(warehouse.store)
+        with pytest.raises(NegrecError) as raised:
+            run_day(warehouse, DS, stages)
+        assert table_versions(warehouse.store) == before, stages
+        errors_on_the_way[stages[0]] = raised.value
+
+    for stage in ("future_feedback", "item_semantic_id", "negative_item_set", "block_list"):
+        refused(stage)
+    run_day(warehouse, WEEK_BEFORE, ["item_graph"])
+    train_codebook(warehouse.store, warehouse.models, built.config, DS, seed=SEED, progress=silent)
+    run_day(warehouse, DS, ["item_semantic_id", "training_next_negative"])
+    train_generator(warehouse.store, warehouse.models, built.config, DS, seed=SEED, progress=silent)
+    results = run_day(warehouse, DS)
+    skipped = {"feedback", "item_semantic_id"}
+    assert [r.stage for r in results] == list(DAILY_STAGES)
+    assert {r.stage for r in results if not r.ran} == skipped
+    return built
+
+
+@pytest.fixture
+def fork(site: Site, tmp_path: Path) -> Site:
+    return site.fork(tmp_path / "warehouse")
+
+
+@pytest.fixture(autouse=True)
+def logging_left_alone() -> Iterator[None]:
+    """Commands set up the log of the process; other tests look at it too."""
+    log = logging.getLogger("negrec")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
+
+
+def table_versions(store: DeltaStore) -> dict[str, int]:
+    return {table: store.version(table) for table in TABLES}
+
+
+def rows_of(store: DeltaStore, table: str, ds: str = DS) -> list[dict[str, Any]]:
+    """Rows of a day in key order."""
+    rows = store.read(table, days=[ds]).to_pylist()
+    rows.sort(key=lambda row: tuple(str(row[name]).zfill(40) for name in TABLES[table].key))
+    return rows
+
+
+def test_every_table_of_the_day_holds_rows_as_declared(site: Site) -> None:
+    store = site.open().store
+    for name in (*DAILY_STAGES, "training_next_negative", "negative_item_set_shard"):
+        rows = store.read(name, days=[DS])
+        assert rows.num_rows, name
+        assert set(rows.schema.names) == set(TABLES[name].schema.names), name
+        keys = rows.select([*TABLES[name].key]).to_pylist()
+        assert len({repr(key) for key in keys}) == len(keys), name
+        for column in TABLES[name].key:
+            assert rows[column].null_count == 0, (name, column)
+
+
+def test_a_commit_says_what_it_was_made_from(site: Site) -> None:
+    warehouse = site.open()
+    generator = open_generator(warehouse.models, DS)
+    made = warehouse.store.commit_of("negative_item_set", DS).provenance
+    assert made.models == {
+        GENERATOR: generator.manifest.version,
+        CODEBOOK: generator.codebook_manifest.version,
+    }
+    assert {"user_context", "item_semantic_id"} <= made.inputs.keys()
+    assert made.config_digest == site.config.digest()
+    listed = warehouse.store.commit_of("block_list", DS).provenance
+    assert {"negative_item_set", "block_score", "item_rate", "item_semantic_id"} <= listed.inputs.keys()
+
+
+def test_predictions_are_legal_and_ranked_without_gaps(site: Site) -> None:
+    store = site.open().store
+    rows = rows_of(store, "negative_item_set")
+    version = rows[0]["codebook_version"]
+    ids = load_semantic_ids(store, version, DS)
+    legal = {tuple(codes) for codes in ids.codes.tolist()}
+    by_user: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_user.setdefault(row["user_id"], []).append(row)
+    assert set(by_user) == {row["user_id"] for row in rows_of(store, "user_context")}
+    for own in by_user.values():
+        own.sort(key=lambda row: row["rank"])
+        assert [row["rank"] for row in own] == list(range(1, len(own) + 1))
+        assert len(own) == site.config.generation.beam_width
+        codes = [tuple(row["codes"]) for row in own]
+        assert len(set(codes)) == len(codes)
+        assert set(codes) <= legal
+        log_probs = [row["log_prob"] for row in own]
+        assert log_probs == sorted(log_probs, reverse=True)
+        assert log_probs[0] <= 0
+
+
+def test_the_list_keeps_every_prediction_and_says_why(site: Site) -> None:
+    store = site.open().store
+    listed, predicted = rows_of(store, "block_list"), rows_of(store, "negative_item_set")
+    named = ("user_id", "rank", "codes", "log_prob")
+    assert [[row[n] for n in named] for row in listed] == [[row[n] for n in named] for row in predicted]
+    expires = dt.date.fromisoformat(DS) + dt.timedelta(days=site.config.block_list.valid_days + 1)
+    disliked = {
+        row["user_id"]: {n["item_id"]: n["reason_class"] for n in row["negatives"]}
+        for row in rows_of(store, "user_context")
+    }
+    for row in listed:
+        assert 0 <= row["score"] <= 1
+        assert row["expires_on"] == expires
+        past = disliked[row["user_id"]]
+        assert (row["because_item_id"] is None) == (not past)
+        if past:
+            assert row["reason_class"] == past[row["because_item_id"]]
+
+
+def test_reader_and_list_agree_on_items_of_a_listed_id(site: Site) -> None:
+    """Where an ID belongs to one item, the entry's score is the reader's score of that item."""
+    store = site.open().store
+    blocks = BlockList.open(site.root, today=dt.date.fromisoformat(DS))
+    version = store.commit_of("block_list", DS).provenance.models[CODEBOOK]
+    ids = load_semantic_ids(store, version, DS)
+    owners: dict[tuple[int, ...], list[str]] = {}
+    for item, codes in zip(ids.items, ids.codes.tolist(), strict=True):
+        owners.setdefault(tuple(codes), []).append(item)
+    compared = 0
+    for row in rows_of(store, "block_list")[::7]:
+        items = owners[tuple(row["codes"])]
+        scores = blocks.scores(row["user_id"], items)
+        assert ((scores >= 0) & (scores <= 1)).all()
+        if len(items) == 1:
+            compared += 1
+            assert row["score"] == pytest.approx(float(scores[0]), abs=1e-5)
+            why = blocks.why(row["user_id"], items[0])
+            assert why.blocked == (why.score >= blocks.threshold)
+    assert compared > 50
+
+
+def test_a_second_run_does_nothing_and_starts_no_spark(site: Site) -> None:
+    warehouse = NoSpark(site.root, site.config)
+    before = table_versions(warehouse.store)
+    results = run_day(warehouse, DS)
+    assert [(r.stage, r.revision, r.ran) for r in results] == [(name, 1, False) for name in DAILY_STAGES]
+    results = run_range(warehouse, day_range(WORLD.start, LAST), ["feedback"])
+    assert not any(r.ran for r in results)
+    assert table_versions(warehouse.store) == before
+
+
+def test_force_makes_a_second_revision_of_the_same_rows(fork: Site) -> None:
+    warehouse = fork.open()
+    stages = ("item_rate", "user_context", "item_semantic_id")
+    before = {name: rows_of(warehouse.store, name) for name in stages}
+    results = run_day(warehouse, DS, stages, force=True)
+    assert {(r.stage, r.revision, r.ran) for r in results} == {(name, 2, True) for name in stages}
+    assert {name: rows_of(warehouse.store, name) for name in stages} == before
+    assert warehouse.store.revision("block_list", DS) == 1
+
+
+def test_evaluation_judges_the_list_by_the_week_after(site: Site) -> None:
+    figures = evaluate(site.root, site.config, DS, seed=SEED)
+    assert figures.illegal == 0
+    assert figures.listed == len({row["user_id"] for row in rows_of(site.open().store, "block_list")})
+    assert figures.dislikes > 0
+    assert figures.likes > 0
+    assert [row.method for row in figures.rows][:2] == ["negrec", "random"]
+    for row in figures.rows:
+        for name in ("blocked_at_1", "blocked_at_5", "auc", "within_user_auc", "hr", "fhr"):
+            figure = getattr(row, name)
+            assert 0 <= figure.low <= figure.high <= 1, (row.method, name)
+        assert row.hr.value <= row.fhr.value
+        assert row.blocked_at_1.value <= row.blocked_at_5.value
+    assert evaluate(site.root, site.config, DS, seed=SEED).rows == figures.rows
+
+
+def test_commands_show_the_site(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    common = ["--warehouse", str(site.root), "--config", "demo"]
+    for setting in SETTINGS:
+        common += ["--set", setting]
+
+    def shown(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [*common, *arguments], catch_exceptions=False)
+        assert result.exit_code == 0
+        return result.stdout
+
+    status = shown("status")
+    for text in (DS, "block_list", open_generator(site.root / "models", DS).manifest.version):
+        assert text in status
+    entry = rows_of(site.open().store, "block_list")[0]
+    assert entry["user_id"] in shown("inspect", entry["user_id"], "--on", DS)
+    item = rows_of(site.open().store, "item_semantic_id")[0]["item_id"]
+    assert item in shown("filter", entry["user_id"], item, "no such item")
+    assert "nothing to do" in shown("run", "--ds", DS)
+    out = tmp_path / "figures.json"
+    assert "against the best rule" in shown("evaluate", "--ds", DS, "--out", str(out))
+    assert '"illegal": 0' in out.read_text()
+
+
+def test_errors_before_the_site_was_complete(site: Site, errors_on_the_way: dict[str, NegrecError]) -> None:
+    expected = {
+        "future_feedback": f"table item_graph: no partition ds={WEEK_BEFORE}; run `negrec backfill",
+        "item_semantic_id": f"run `negrec train codebook --until {DS}`",
+        "negative_item_set": f"run `negrec train generator --until {DS}`",
+        "block_list": f"table negative_item_set: no partition ds={DS}; run `negrec backfill",
+    }
+    assert errors_on_the_way.keys() == expected.keys()
+    for stage, message in expected.items():
+        error = errors_on_the_way[stage]
+        assert isinstance(error, MissingError)
+        assert message in str(error)
+        assert "\n" not in str(error)
+
+
+def test_a_day_without_a_log_or_a_model_or_a_future_is_one_line(site: Site) -> None:
+    warehouse = site.open()
+    before = table_versions(warehouse.store)
+    after_log = (LAST + dt.timedelta(days=1)).isoformat()
+    attempts: Mapping[str, Callable[[], object]] = {
+        f"table behavior_log: no partition ds={after_log}; import": lambda: run_day(warehouse, after_log),
+        f"train generator --until {WEEK_BEFORE}": lambda: run_day(
+            warehouse, WEEK_BEFORE, ["negative_item_set"]
+        ),
+        f"table block_list: no partition ds={NEXT_DAY}": lambda: evaluate(
+            site.root, site.config, NEXT_DAY, seed=1
+        ),
+    }
+    for message, attempt in attempts.items():
+        with pytest.raises(MissingError) as raised:
+            attempt()
+        assert message in str(raised.value)
+        assert "\n" not in str(raised.value)
+    assert table_versions(warehouse.store) == before
+
+
+def test_another_codebook_under_the_generators_version_is_refused(fork: Site) -> None:
+    warehouse = fork.open()
+    version = newest(warehouse.models, CODEBOOK, DS).version
+    other = save_codebook(fork.root, small_codebook(), DS).version
+    folder = warehouse.models / CODEBOOK
+    shutil.rmtree(folder / version)
+    (folder / other).rename(folder / version)
+    before = table_versions(warehouse.store)
+    for stage in ("item_semantic_id", "negative_item_set", "block_score"):
+        with pytest.raises(ArtefactError, match="train the generator again"):
+            run_day(warehouse, DS, [stage], force=True)
+    assert table_versions(warehouse.store) == before
+
+
+def test_an_illegal_prediction_is_not_published(fork: Site) -> None:
+    """The check runs in an executor; its error arrives as itself, in one line."""
+    warehouse = fork.open()
+    rows = warehouse.store.read("negative_item_set", days=[DS])
+    legal = {tuple(c) for c in rows["codes"].to_pylist()}
+    known = {tuple(r["codes"]) for r in rows_of(warehouse.store, "item_semantic_id")}
+    first, second, third = np.array(sorted(legal | known)).max(0) + 1
+    illegal = next(
+        [a, b, c]
+        for a in range(first)
+        for b in range(second)
+        for c in range(third)
+        if (a, b, c) not in legal | known
+    )
+    changed = rows.to_pylist()
+    changed[0]["codes"] = illegal
+    table = pa.Table.from_pylist(changed, TABLES["negative_item_set"].schema)
+    made = warehouse.store.commit_of("negative_item_set", DS).provenance
+    warehouse.store.write_arrow("negative_item_set", table, {DS: 2}, made)
+    before = table_versions(warehouse.store)
+    with pytest.raises(GateError, match="illegal ID") as raised:
+        run_day(warehouse, DS, ["block_list"], force=True)
+    assert "\n" not in str(raised.value)
+    assert table_versions(warehouse.store) == before
+
+
+def test_generation_goes_on_with_the_shards_that_are_left(
+    fork: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warehouse = fork.open()
+    before = rows_of(warehouse.store, "negative_item_set")
+    commit_shard, search = DeltaStore.commit_shard, jobs.negative_item_set.generate
+    committed: list[int] = []
+    searched: list[int] = []
+
+    def stopping(store: DeltaStore, table: str, run: Path, ds: str, bucket: int, digest: str) -> int:
+        if len(committed) == 2:
+            raise ConflictError("the machine went away")
+        committed.append(bucket)
+        return commit_shard(store, table, run, ds, bucket, digest)
+
+    def counting(*arguments: Any) -> Any:
+        searched.append(1)
+        return search(*arguments)
+
+    monkeypatch.setattr(jobs.negative_item_set, "generate", counting)
+    monkeypatch.setattr(DeltaStore, "commit_shard", stopping)
+    version = warehouse.store.version("negative_item_set")
+    with pytest.raises(ConflictError):
+        run_stage("negative_item_set", JobContext(warehouse, DS, 2))
+    assert committed == [0, 1]
+    assert warehouse.store.version("negative_item_set") == version
+    searched.clear()
+    monkeypatch.setattr(DeltaStore, "commit_shard", commit_shard)
+    told: list[tuple[int, int]] = []
+    progress = lambda done, total: told.append((done, total))  # noqa: E731
+    run_stage("negative_item_set", JobContext(warehouse, DS, 2, progress))
+    assert len(searched) == fork.config.buckets - 2
+    assert told == [(n, fork.config.buckets) for n in range(1, fork.config.buckets + 1)]
+    after = rows_of(warehouse.store, "negative_item_set")
+    assert [row["user_id"] for row in after] == [row["user_id"] for row in before]
+    same = np.mean([a["codes"] == b["codes"] for a, b in zip(after, before, strict=True)])
+    assert same > 0.99  # two IDs with equal probabilities may change places
+
+
+def add_rows(store: DeltaStore, table: str, ds: str, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a day as a late import would: the day is replaced."""
+    held = store.read(table, days=[ds]).to_pylist()
+    frame = pa.Table.from_pylist([*held, *rows], TABLES[table].schema)
+    store.write_arrow(table, frame, {ds: store.revision(table, ds) + 1}, Provenance())
+
+
+def new_items(ds: str, store: DeltaStore) -> list[dict[str, Any]]:
+    """Items that came on a day: two of the same text as an old one, two of another."""
+    old = store.read("item").to_pylist()[0]
+    created = dt.datetime.fromisoformat(ds).replace(hour=1, tzinfo=dt.UTC)
+    same = [{**old, "item_id": f"same {n}", "created_at": created, "ds": ds} for n in (1, 2)]
+    other = [{**row, "item_id": f"new {n}", "title": "Garden hose"} for n, row in enumerate(same)]
+    return [*same, *other]
+
+
+def test_new_items_get_ids_and_old_ones_keep_theirs(fork: Site) -> None:
+    warehouse = fork.open()
+    store = warehouse.store
+    version = newest(warehouse.models, CODEBOOK, DS).version
+    before = load_semantic_ids(store, version, NEXT_DAY)
+    added = new_items(NEXT_DAY, store)
+    # An old item's text changes: its ID does not.
+    renamed = {**added[-1], "item_id": before.items[0]}
+    add_rows(store, "item", NEXT_DAY, [*added, renamed])
+    run_day(warehouse, NEXT_DAY, ["item_semantic_id"])
+    written = {row["item_id"] for row in rows_of(store, "item_semantic_id", NEXT_DAY)}
+    assert {row["item_id"] for row in added} <= written
+    assert not written & set(before.items)
+    after = load_semantic_ids(store, version, NEXT_DAY)
+    rows = [after.index[item] for item in before.items]
+    assert (after.codes[rows] == before.codes).all()
+    trie = Trie.build(after.codes, open_generator(warehouse.models, DS).codebook.code_counts)
+    assert (trie.find(after.codes) >= 0).all()
+
+
+def test_an_earlier_day_run_later_has_the_ids_of_the_later(fork: Site) -> None:
+    """A day that is backfilled after a later one must not be left without IDs."""
+    warehouse = fork.open()
+    store = warehouse.store
+    version = newest(warehouse.models, CODEBOOK, DS).version
+    given = load_semantic_ids(store, version, DS)
+    empty = TABLES["item_semantic_id"].schema.empty_table()
+    moved = store.read("item_semantic_id", days=[DS])
+    moved = moved.set_column(moved.schema.get_field_index("ds"), "ds", pa.array([NEXT_DAY] * len(moved)))
+    store.write_arrow("item_semantic_id", empty, {DS: 2}, Provenance())
+    store.write_arrow("item_semantic_id", moved, {NEXT_DAY: 1}, Provenance())
+    run_day(warehouse, DS, ["item_semantic_id"], force=True)
+    found = load_semantic_ids(store, version, DS)
+    assert found.items == given.items
+    assert (found.codes == given.codes).all()
+
+
+def test_the_future_reaches_nothing(fork: Site) -> None:
+    """Poisoned events and items after the day leave everything made for the day as it was."""
+    warehouse = fork.open()
+    store = warehouse.store
+    exact = ("feedback", "user_context", "item_rate", "training_next_negative")
+    rounded = {"item_graph": {"score": 9}, "negative_item_set": {"log_prob": 3}}
+    rounded["block_list"] = {"log_prob": 3, "score": 3, "because_similarity": 3}
+
+    def artefacts() -> dict[str, list[dict[str, Any]]]:
+        found = {name: rows_of(store, name) for name in exact}
+        return found | {name: rows_of(store, name) for name in rounded}
+
+    before = artefacts()
+    codewords = Codebook.load(
+        warehouse.models / CODEBOOK / newest(warehouse.models, CODEBOOK, DS).version
+    ).codewords
+    users = sorted({row["user_id"] for row in before["user_context"]})
+    items = sorted({row["item_id"] for row in before["item_rate"]})
+    time = dt.datetime.fromisoformat(NEXT_DAY).replace(tzinfo=dt.UTC)
+    poison = [
+        {"user_id": user, "item_id": item, "event_time": time, "bucket": 0, "ds": NEXT_DAY}
+        for n, user in enumerate(users)
+        for item in items[n % 10 :: 10]
+    ]
+    add_rows(store, "item", NEXT_DAY, new_items(NEXT_DAY, store))
+    add_rows(store, "behavior_log", NEXT_DAY, [{**row, "action": "dislike"} for row in poison])
+    marks = {"polarity": -1, "source": "explicit", "weight": 1.0}
+    seen = {(r["user_id"], r["item_id"], r["event_time"]) for r in rows_of(store, "feedback", NEXT_DAY)}
+    fresh = [r for r in poison if (r["user_id"], r["item_id"], r["event_time"]) not in seen]
+    add_rows(store, "feedback", NEXT_DAY, [{**row, **marks} for row in fresh])
+    run_day(warehouse, NEXT_DAY, ["item_semantic_id"])
+    forced = (*DAILY_STAGES, "training_next_negative")
+    run_day(warehouse, DS, [name for name in forced if name != "future_feedback"], force=True)
+    after = artefacts()
+    for name in exact:
+        assert after[name] == before[name], name
+    for name, digits in rounded.items():
+        assert_close(after[name], before[name], digits)
+    trained = train_codebook(store, warehouse.models, fork.config, DS, seed=SEED, progress=silent)
+    again = Codebook.load(warehouse.models / CODEBOOK / trained.version).codewords
+    for one, other in zip(again, codewords, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def assert_close(after: list[dict[str, Any]], before: list[dict[str, Any]], digits: dict[str, int]) -> None:
+    """Equal rows but for rounding."""
+    assert len(after) == len(before)
+    for one, other in zip(after, before, strict=True):
+        for name, value in other.items():
+            if name in digits and value is not None:
+                assert one[name] == pytest.approx(value, abs=2 * 10 ** -digits[name]), (name, other)
+            else:
+                assert one[name] == value, (name, other)
+
+
+def test_the_catalogue_of_the_list_ignores_later_items(site: Site) -> None:
+    """`load_catalogue` sees the items of its day alone."""
+    from jobs.block_list import BlockListTask
+    from negrec_core.blocklist import load_block_score
+
+    store = site.open().store
+    inputs = store.commit_of("block_list", DS).provenance.inputs
+    score, models = load_block_score(store, DS, inputs["block_score"])
+    versions = (models[CODEBOOK], inputs["item_semantic_id"], inputs["item_rate"])
+    task = BlockListTask(str(store.root), str(site.root / "models"), DS, *versions, score)
+    catalogue = load_catalogue(task)
+    ids = load_semantic_ids(store, models[CODEBOOK], DS)
+    assert catalogue.index == ids.index
+    assert len(catalogue.log_odds) == catalogue.trie.n_ids

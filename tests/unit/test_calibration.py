@@ -1,0 +1,192 @@
+"""The stage `block_score` without Spark: features of held-back feedback, and the fit to them."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from warehouses import small_codebook
+
+from jobs.block_score import Calibration, HeldBack, _features_of, fit
+from negrec_core.block_score import FEATURES
+from negrec_core.config import load_config
+from negrec_core.errors import InputError
+from negrec_core.semantic_ids import SemanticIds
+
+SETTINGS = load_config(environment={}).calibration
+TRUE = np.array([2.0, 1.0, 0.8, -0.8, 1.0, 0.5])
+CODEBOOK = small_codebook()
+
+
+def calibration(n, seed=0):
+    """Feedback drawn from a logistic model with coefficients `TRUE`."""
+    rng = np.random.default_rng(seed)
+    # Scales differ as those of the real features do.
+    features = rng.normal(size=(n, len(FEATURES))) * [0.3, 0.3, 1.0, 1.0, 1.0, 2.0]
+    probability = 1 / (1 + np.exp(-(features @ TRUE - 1.0)))
+    return Calibration(features, rng.random(n) < probability, n, -1.0)
+
+
+# --------------------------------------------------------------------------------------- the fit
+
+
+def test_the_fit_recovers_the_model_that_made_the_data():
+    score = fit(calibration(20_000), SETTINGS)
+    assert (np.sign(score.coefficients) == np.sign(TRUE)).all()
+    np.testing.assert_allclose(score.coefficients, TRUE, atol=0.25)
+    assert score.intercept == pytest.approx(-1.0, abs=0.15)
+    assert (score.prior_log_odds, score.pseudo_events) == (-1.0, SETTINGS.rate_pseudo_events)
+
+
+def test_the_unit_of_a_feature_changes_nothing():
+    given_ = calibration(2_000)
+    scale = np.array([1, 10, 0.01, 1, 3, 1])
+    other = Calibration(given_.features * scale, given_.disliked, given_.n_users, -1.0)
+    ours, theirs = fit(given_, SETTINGS), fit(other, SETTINGS)
+    np.testing.assert_allclose(ours.coefficients, theirs.coefficients * scale, rtol=1e-3, atol=1e-4)
+
+
+def test_a_feature_that_is_always_the_same_does_no_harm():
+    given_ = calibration(2_000)
+    given_.features[:, 2] = math.log(0.1)
+    score = fit(given_, SETTINGS)
+    assert score.coefficients[2] == pytest.approx(0, abs=1e-6)
+    assert np.isfinite([*score.coefficients, score.intercept]).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.3])
+def test_the_threshold_blocks_at_most_the_share_of_likes_and_no_fewer_than_it_may(share):
+    given_ = calibration(3_000)
+    score = fit(given_, SETTINGS.model_copy(update={"max_likes_blocked": share}))
+    liked = score.score(given_.features)[~given_.disliked]
+    blocked = np.count_nonzero(liked >= score.threshold)
+    assert blocked == math.floor(share * len(liked) + 1e-9)
+
+
+@pytest.mark.parametrize(("dislikes", "likes"), [(19, 500), (500, 19), (0, 0)])
+def test_too_little_feedback_is_refused_in_one_line(dislikes, likes):
+    n = dislikes + likes
+    few = Calibration(np.ones((n, len(FEATURES))), np.arange(n) < dislikes, 3, -1.0)
+    with pytest.raises(InputError, match=f"{dislikes} dislikes and {likes} likes") as caught:
+        fit(few, SETTINGS)
+    assert str(caught.value).isprintable()
+
+
+def test_just_enough_feedback_is_fitted():
+    given_ = calibration(200)
+    rows = np.concatenate([np.flatnonzero(given_.disliked)[:20], np.flatnonzero(~given_.disliked)[:20]])
+    enough = Calibration(given_.features[rows], given_.disliked[rows], 3, -1.0)
+    assert 0 < fit(enough, SETTINGS).threshold <= 1
+
+
+# ---------------------------------------------------------------------------------- the features
+
+
+def unit(codes):
+    total = sum(words[c].astype(float) for words, c in zip(CODEBOOK.codewords, codes, strict=True))
+    return total / math.sqrt(sum(x * x for x in total))
+
+
+def features_by_loop(label, predictions, contexts, rates, ids, prior, pseudo):
+    """The features of one label, one number at a time."""
+    here = unit(ids[label["item_id"]]) if label["item_id"] in ids else np.zeros(CODEBOOK.dim)
+    own = [row for row in predictions if row["user_id"] == label["user_id"]]
+    cosines = [float(unit(row["codes"]) @ here) for row in own]
+    weights = [math.exp(row["log_prob"]) for row in own]
+    context = next((row for row in contexts if row["user_id"] == label["user_id"]), None)
+    near = [
+        math.log(
+            0.1
+            + sum(
+                math.exp(5 * (float(unit(ids[item]) @ here) - 1))
+                for item in (context[column] if context else [])
+                if item in ids
+            )
+        )
+        for column in ("negatives", "positives")
+    ]
+    share = 1 / (1 + math.exp(-prior))
+    n_negatives, n_positives = (context["n_negatives"], context["n_positives"]) if context else (0, 0)
+    return [
+        max(cosines, default=0.0),
+        sum(w * c for w, c in zip(weights, cosines, strict=True)) / (sum(weights) or 1.0),
+        *near,
+        rates.get(label["item_id"], prior),
+        math.log((n_negatives + pseudo * share) / (n_positives + pseudo * (1 - share))),
+    ]
+
+
+def held_back(labels, predictions, contexts, rates, prior):
+    text, texts, count = pa.string(), pa.list_(pa.string()), pa.int32()
+    codes = pa.list_(pa.int32())
+    schemas = {
+        "labels": [("user_id", text), ("item_id", text), ("polarity", count)],
+        "predictions": [("user_id", text), ("rank", count), ("codes", codes), ("log_prob", pa.float32())],
+        "contexts": [
+            ("user_id", text),
+            ("negatives", texts),
+            ("positives", texts),
+            ("n_negatives", count),
+            ("n_positives", count),
+        ],
+        "rates": [("item_id", text), ("log_odds", pa.float64())],
+    }
+    rows = {
+        "labels": labels,
+        "predictions": predictions,
+        "contexts": contexts,
+        "rates": [{"item_id": item, "log_odds": odds} for item, odds in rates.items()],
+    }
+    tables = {name: pa.Table.from_pylist(rows[name], pa.schema(schemas[name])) for name in rows}
+    return HeldBack(**tables, prior_log_odds=prior)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 25), st.integers(0, 15), st.integers(0, 5))
+def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
+    rng = np.random.default_rng(seed)
+    names = [f"item {n}" for n in range(12)]
+    ids = {item: tuple(rng.integers(4, size=3).tolist()) for item in names[:9]}
+    users = [f"user {n}" for n in range(6)]
+    pairs = [(user, item) for user in users for item in names]
+    labels = [
+        {"user_id": pairs[n][0], "item_id": pairs[n][1], "polarity": int(rng.choice([-1, 1]))}
+        for n in rng.permutation(len(pairs))[:n_labels]
+    ]
+    predictions = [
+        {
+            "user_id": str(rng.choice(users)),
+            "rank": n,
+            "codes": rng.integers(4, size=3).tolist(),
+            "log_prob": float(np.float32(-rng.exponential())),
+        }
+        for n in range(n_predictions)
+    ]
+    contexts = [
+        {
+            "user_id": str(user),
+            "negatives": rng.choice(names, rng.integers(5)).tolist(),
+            "positives": rng.choice(names, rng.integers(5)).tolist(),
+            "n_negatives": int(rng.integers(9)),
+            "n_positives": int(rng.integers(9)),
+        }
+        for user in rng.permutation(users)[:n_contexts]
+    ]
+    rates = {item: float(rng.normal()) for item in names[3:]}
+    prior, pseudo = float(rng.normal()), 5.0
+
+    items = sorted(ids)
+    known = SemanticIds(
+        items, np.array([ids[item] for item in items], np.int32), {item: n for n, item in enumerate(items)}
+    )
+    ours = _features_of(held_back(labels, predictions, contexts, rates, prior), known, CODEBOOK, pseudo)
+
+    ordered = sorted(labels, key=lambda label: (label["user_id"], label["item_id"]))
+    expected = [
+        features_by_loop(label, predictions, contexts, rates, ids, prior, pseudo) for label in ordered
+    ]
+    np.testing.assert_allclose(ours.features, np.reshape(expected, (-1, len(FEATURES))), atol=1e-5)
+    assert ours.disliked.tolist() == [label["polarity"] == -1 for label in ordered]
+    assert ours.n_users == len({label["user_id"] for label in labels})
+    assert ours.prior_log_odds == prior

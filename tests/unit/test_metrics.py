@@ -1,0 +1,143 @@
+"""Figures against loops over all pairs and all thresholds."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from negrec_core.metrics import auc, blocked_at, bootstrap, user_pairs, within_user_auc
+
+# Few distinct scores, so that ties are the rule.
+ROWS = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30)
+
+
+def arrays(rows):
+    scores, disliked, users = (np.array(column) for column in zip(*rows, strict=True))
+    return scores.astype(float), disliked, users
+
+
+def auc_by_pairs(scores, disliked):
+    won = [
+        1.0 if bad > good else 0.5 if bad == good else 0.0
+        for bad in scores[disliked]
+        for good in scores[~disliked]
+    ]
+    return float(np.mean(won)) if won else float("nan")
+
+
+def within_user_auc_of(scores, disliked, users):
+    return within_user_auc(*user_pairs(scores, disliked, users))
+
+
+@given(ROWS)
+def test_auc_is_the_share_of_pairs_in_order(rows):
+    scores, disliked, _ = arrays(rows)
+    assert auc(scores, disliked) == pytest.approx(auc_by_pairs(scores, disliked), nan_ok=True)
+
+
+def test_auc_of_perfect_reversed_and_constant_scores():
+    disliked = np.array([True, True, False, False])
+    assert auc(np.array([4.0, 3.0, 2.0, 1.0]), disliked) == 1
+    assert auc(np.array([1.0, 2.0, 3.0, 4.0]), disliked) == 0
+    assert auc(np.ones(4), disliked) == 0.5
+    assert np.isnan(auc(np.ones(4), np.ones(4, bool)))
+
+
+@given(ROWS, st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]))
+def test_blocked_at_is_the_best_of_all_thresholds_that_lose_so_few_likes(rows, share):
+    scores, disliked, _ = arrays(rows)
+    if disliked.all() or not disliked.any():
+        assert np.isnan(blocked_at(scores, disliked, share))
+        return
+    good, bad = scores[~disliked], scores[disliked]
+    allowed = [t for t in [*good, good.max() + 0.5] if np.mean(good >= t) <= share]
+    # Thresholds between two likes block no more likes than the upper of them.
+    allowed += [t + 1e-9 for t in good if np.mean(good >= t + 1e-9) <= share]
+    assert blocked_at(scores, disliked, share) == max(np.mean(bad >= t) for t in allowed)
+
+
+def test_blocked_at_by_hand():
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    disliked = np.array([True, False, True, False, True, False])
+    assert blocked_at(scores, disliked, 0.0) == pytest.approx(1 / 3)
+    assert blocked_at(scores, disliked, 0.34) == pytest.approx(2 / 3)
+    # A share that allows less than one like allows none.
+    assert blocked_at(scores, disliked, 0.33) == pytest.approx(1 / 3)
+
+
+def test_a_tie_with_a_like_that_must_pass_is_not_blocked():
+    assert blocked_at(np.array([1.0, 1.0]), np.array([True, False]), 0.5) == 0
+
+
+@given(ROWS)
+def test_within_user_auc_counts_pairs_of_one_user_alike(rows):
+    scores, disliked, users = arrays(rows)
+    won, pairs = 0.0, 0
+    for user in set(users.tolist()):
+        own = users == user
+        n = int(disliked[own].sum() * (~disliked[own]).sum())
+        if n:
+            won, pairs = won + auc_by_pairs(scores[own], disliked[own]) * n, pairs + n
+    expected = won / pairs if pairs else float("nan")
+    assert within_user_auc_of(scores, disliked, users) == pytest.approx(expected, nan_ok=True)
+
+
+def test_within_user_auc_does_not_reward_telling_users_apart():
+    scores = np.array([9.0, 9.0, 1.0, 1.0])
+    disliked, users = np.array([True, True, False, False]), np.array([0, 0, 1, 1])
+    assert auc(scores, disliked) == 1
+    assert np.isnan(within_user_auc_of(scores, disliked, users))
+    assert within_user_auc_of(scores, disliked, np.array([0, 1, 0, 1])) == 1
+
+
+def test_a_user_drawn_twice_counts_twice_and_not_as_pairs_with_itself():
+    scores = np.array([2.0, 1.0, 1.0, 2.0])
+    disliked, users = np.array([True, False, True, False]), np.array([0, 0, 1, 1])
+    ordered, pairs = user_pairs(scores, disliked, users)
+    assert ordered.tolist() == [1, 0]
+    assert pairs.tolist() == [1, 1]
+    drawn = np.array([0, 0, 1])
+    assert within_user_auc(ordered[drawn], pairs[drawn]) == pytest.approx(2 / 3)
+
+
+def test_bootstrap_draws_whole_users_and_repeats_itself():
+    users = np.array([2, 0, 1, 0, 2, 2])
+    drawn = []
+
+    def figure(at):
+        counts = np.bincount(at, minlength=6)
+        drawn.append(counts)
+        assert counts[1] == counts[3]
+        assert counts[0] == counts[4] == counts[5]
+        return float(users[at].mean())
+
+    first = bootstrap(figure, users, seed=4, rounds=50)
+    assert first == bootstrap(figure, users, seed=4, rounds=50)
+    assert first != bootstrap(figure, users, seed=5, rounds=50)
+    assert len({counts.tobytes() for counts in drawn}) > 3
+    assert first.value == users.mean()
+    assert first.low <= first.value <= first.high
+
+
+def test_same_seed_draws_the_same_users_for_every_figure():
+    users = np.repeat(np.arange(5), 3)
+    one, other = [], []
+    bootstrap(lambda at: one.append(at) or 0.0, users, seed=1, rounds=5)
+    bootstrap(lambda at: other.append(at) or 1.0, users, seed=1, rounds=5)
+    assert all((a == b).all() for a, b in zip(one, other, strict=True))
+
+
+def test_bootstrap_interval_holds_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    held = 0
+    for seed in range(100):
+        values = rng.normal(size=60)
+        found = bootstrap(lambda at, v=values: float(v[at].mean()), np.arange(60), seed)
+        held += found.low <= 0 <= found.high
+    assert 85 <= held <= 100
+
+
+def test_bootstrap_leaves_draws_without_a_figure_out():
+    disliked = np.array([True, False])
+    found = bootstrap(lambda at: auc(np.array([2.0, 1.0])[at], disliked[at]), np.arange(2), 0)
+    assert (found.low, found.value, found.high) == (1, 1, 1)
