@@ -7,6 +7,7 @@ import contextlib
 import datetime as dt
 import functools
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,8 @@ def read_raw(spark: "SparkSession", folder: Path, source: Source) -> "DataFrame"
     files = find_files(folder, source)
     names = sorted(source.source_columns())
     with reading(folder / source.files):
-        frame = _open(spark, [str(file) for file in files], source)
+        # Spark takes [ ] { } * ? in a path for a pattern; these are files that exist.
+        frame = _open(spark, [re.sub(r"([\[\]{}*?\\])", r"\\\1", str(f)) for f in files], source)
         absent = sorted(set(names) - set(frame.columns))
         if absent:
             raise InputError(
@@ -49,8 +51,9 @@ def read_raw(spark: "SparkSession", folder: Path, source: Source) -> "DataFrame"
                 f" {', '.join(c for c in frame.columns if c != '_unreadable')}"
             )
         depth = max(len(file.relative_to(folder).parts) for file in files)
+        uri = F.substring_index(F.input_file_name(), "/", -depth)
         return frame.select(
-            F.substring_index(F.input_file_name(), "/", -depth).alias("source"),
+            F.url_decode(F.replace(uri, F.lit("+"), F.lit("%2B"))).alias("source"),
             F.input_file_block_start().alias("block"),
             F.monotonically_increasing_id().alias("offset"),
             F.struct(*[_as_text(frame, name, source).alias(name) for name in names]).alias("raw"),

@@ -21,7 +21,6 @@ from negrec_core.config import load_config
 from negrec_core.errors import ConfigError, InputError, MissingError
 from negrec_core.mapping import LogMapping, load_mapping
 from negrec_core.resources import resource
-from negrec_core.schemas import TABLES
 
 IMPORTED = ("behavior_log", "item", "user_profile", "quarantine")
 T0 = 1_700_000_000  # 2023-11-14T22:13:20Z
@@ -37,8 +36,6 @@ CSV: dict[str, Any] = {
     "action_names": {"show": "exposure", "ok": "like", "no": "dislike"},
 }
 ITEMS: dict[str, Any] = {"files": "items.csv", "format": "csv", "columns": {"item_id": "id", "title": "name"}}
-
-Run = Callable[..., ImportSummary]
 
 
 class Site:
@@ -324,8 +321,8 @@ def test_formats_give_the_same_rows(site: Site, form: str) -> None:
 
 def test_json_lines_with_nan_lists_and_broken_lines(site: Site) -> None:
     lines = [
-        '{"user": "u1", "item": 7, "time": "2023-11-14T22:13:20Z", "event": "no", "why": NaN, "played": 1.5e3}',
-        '{"user": "u2", "item": "8", "time": "2023-11-14 22:13:21+00:00", "event": "no", "extra": {"a": [1]}}',
+        '{"user": "u1", "item": 7, "time": "2023-11-14T22:13:20Z", "event": "no", "why": NaN, "played": 2e3}',
+        '{"user": "u2", "item": "8", "time": "2023-11-14 22:13:21+00:00", "event": "no", "more": {"a": [1]}}',
         '{"user": NaN, "item": "8", "time": "2023-11-14", "event": "no"}',
         '{"user": "u4", "item": "9", "time": "2023-1',
         '{"user": "u5", "item": "9", "time": "12:30", "event": "no"}',
@@ -367,7 +364,7 @@ def test_json_lines_with_nan_lists_and_broken_lines(site: Site) -> None:
         "unknown action": 1,
     }
     assert site.rows("behavior_log", "user_id", "item_id", "event_time", "reason", "play_ms") == [
-        ("u1", "7", at(T0), None, 1500),
+        ("u1", "7", at(T0), None, 2000),
         ("u2", "8", at(T0 + 1), None, None),
     ]
     assert set(site.rows("quarantine", "source")) == {"log/a/events.jsonl"}
@@ -416,9 +413,9 @@ def test_parquet_with_the_wrong_types(site: Site) -> None:
     assert site.rows("behavior_log", "event_time", "reason") == [
         (dt.datetime(2023, 11, 14, tzinfo=dt.UTC), None)
     ]
+    strict = Site(site.folder.parent / "strict", site.warehouse.spark)
+    strict.write("events.parquet", table.slice(0, 1))
     with pytest.raises(InputError, match=r"wrong type in position"):
-        strict = Site(site.folder.parent / "strict", site.warehouse.spark)
-        strict.write("events.parquet", table.slice(0, 1))
         strict.run(events | {"columns": COLUMNS})
 
 
@@ -465,14 +462,15 @@ def test_rules_make_the_events_of_a_row(site: Site) -> None:
 
 
 def test_a_row_that_adds_an_event_is_kept_for_it(site: Site) -> None:
-    site.write("a.csv", "user,item,time,hit\nu,i,2023-11-14,0\nu,i,2023-11-14,0\n")
+    site.write("a b+c [1]*/a.csv", "user,item,time,hit\nu,i,2023-11-14,0\nu,i,2023-11-14,0\n")
     site.write(
-        "b.csv", "user,item,time,hit\nu,i,2023-11-14,1\nu,i,2023-11-14,1\n,i,2023-11-14,1\n,i,2023-11-14,1\n"
+        "a b+c [1]*/b.csv",
+        "user,item,time,hit\nu,i,2023-11-14,1\nu,i,2023-11-14,1\n,i,2023-11-14,1\n,i,2023-11-14,1\n",
     )
 
     summary = site.run(
         {
-            "files": "?.csv",
+            "files": "*/?.csv",
             "format": "csv",
             "columns": {"user_id": "user", "item_id": "item", "event_time": "time"},
             "action_rules": [{"action": "exposure"}, {"action": "like", "column": "hit", "equals": 1}],
@@ -482,10 +480,10 @@ def test_a_row_that_adds_an_event_is_kept_for_it(site: Site) -> None:
     assert site.rows("behavior_log", "action") == ["exposure", "like"]
     assert summary.rows == {"events": 2}
     assert site.rows("quarantine", "source", "row", "problem") == [
-        ("a.csv", 1, "duplicated event"),
-        ("b.csv", 1, "duplicated event"),
-        ("b.csv", 2, "missing user_id"),
-        ("b.csv", 3, "missing user_id"),
+        ("a b+c [1]*/a.csv", 1, "duplicated event"),
+        ("a b+c [1]*/b.csv", 1, "duplicated event"),
+        ("a b+c [1]*/b.csv", 2, "missing user_id"),
+        ("a b+c [1]*/b.csv", 3, "missing user_id"),
     ]
 
 
@@ -603,7 +601,7 @@ FAULTS: dict[str, tuple[int, str]] = {
 }
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(
         st.tuples(
@@ -803,7 +801,8 @@ def test_kuairand_as_published(tmp_path: Path, spark: SparkSession) -> None:
          {"events": 8_043, "items": 88_310},
          {"duplicated event": 565, "duplicated item_id": 1, "missing item_id": 2}),
         ("kuairand-pure", "kuairand", {"events": 222_446, "items": 7_583, "users": 27_285},
-         {"exposure": 222_444, "click": 100_008, "long_view": 70_484, "like": 3_872, "comment": 574, "follow": 290, "forward": 194, "dislike": 187},
+         {"exposure": 222_444, "click": 100_008, "long_view": 70_484, "like": 3_872, "comment": 574,
+          "follow": 290, "forward": 194, "dislike": 187},
          {}, {"duplicated event": 5_883}),
     ],
 )  # fmt: skip
@@ -825,10 +824,10 @@ def test_public_data_sets_import_whole(
     summary = site.shipped(mapping)
 
     assert summary.rows == rows
-    assert Counter(site.rows("behavior_log", "action")) == actions
+    found = site.warehouse.store.read("behavior_log", ["action"])["action"].value_counts()
+    assert {row["values"]: row["counts"] for row in found.to_pylist()} == actions
     assert {k: n for k, n in summary.left_out.items() if n} == left_out
     assert {p: n for problems in summary.quarantined.values() for p, n in problems.items()} == quarantined
     assert Counter(site.rows("quarantine", "problem")) == quarantined
     assert len(site.rows("item", "item_id")) == rows["items"]
     assert summary.events == sum(actions.values())
-    assert set(TABLES) >= set(IMPORTED)

