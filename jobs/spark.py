@@ -69,7 +69,9 @@ def open_session(settings: SparkConfig, timezone: str, progress: bool) -> "Spark
         "spark.sql.ansi.enabled": "true",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(progress).lower(),
-        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_log_settings()}",
+        "spark.driver.extraJavaOptions": (
+            f"-Dlog4j2.configurationFile={_log_settings()} {settings.driver_java_options}"
+        ),
         **settings.conf,
     }
     for name, value in properties.items():

@@ -37,6 +37,7 @@ def show_import(summary: "ImportSummary") -> None:
         why = ", ".join(f"{problem} {n}" for problem, n in sorted(problems.items()))
         view.add_row(entity, f"{rows:,}", f"{summary.left_out.get(entity, 0):,}", why or "0")
     console.print(view)
+    console.print(f"{summary.events:,} events in behavior_log")
 
 
 def show_results(results: Sequence[StageResult]) -> None:

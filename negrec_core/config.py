@@ -159,6 +159,7 @@ class SparkConfig(_Model):
 
     master: str | None = Field(description="null: what spark-submit says")
     driver_memory: str = Field(description="heap of the driver, as 2g")
+    driver_java_options: str = Field(description="further options of the driver's JVM")
     shuffle_partitions: Positive = Field(description="partitions after a shuffle")
     conf: dict[str, str] = Field(description="further Spark properties")
 

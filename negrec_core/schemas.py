@@ -102,7 +102,7 @@ BEHAVIOR_LOG = _table(
 QUARANTINE = _table(
     "quarantine",
     "one row of a source that could not be used",
-    ("source", "row"),
+    ("entity", "source", "row"),
     _column("source", pa.string(), "file the row came from"),
     _column("row", pa.int64(), "row number within the file, from 0"),
     _column("entity", pa.string(), "events, items or users"),

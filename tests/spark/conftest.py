@@ -9,7 +9,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from jobs.context import spark_schema
 from jobs.spark import open_session
-from negrec_core.config import SparkConfig
+from negrec_core.config import load_config
 from negrec_core.schemas import TABLES
 
 
@@ -20,7 +20,8 @@ def spark() -> Iterator[SparkSession]:
         "spark.sql.codegen.wholeStage": "false",
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     }
-    settings = SparkConfig(master="local[2]", driver_memory="1g", shuffle_partitions=4, conf=interpreted)
+    plain = load_config().spark
+    settings = plain.model_copy(update={"driver_memory": "1g", "conf": interpreted})
     session = open_session(settings, "UTC", progress=False)
     yield session
     session.stop()
