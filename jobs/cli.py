@@ -372,6 +372,9 @@ def main() -> None:
     # Threads that wait for work must sleep, not spin: spinning halves the speed of everything else
     # on a busy machine, and of torch itself. Read when torch is imported; Spark's workers inherit it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # negrec shows its own progress.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except NegrecError as error:

@@ -123,7 +123,9 @@ def build_model(
     _place_codes(model, prompt.vocabulary, codebook, mean, spread)
     # Sampling defaults that come with a model must not reach a beam search.
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return model, tokenizer, prompt
 
