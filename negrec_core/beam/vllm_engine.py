@@ -10,7 +10,9 @@ whose normalisers are then joined exactly (`_join_parts`).
 import itertools
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,6 +34,7 @@ from negrec_core.errors import ConfigError
 from negrec_core.trie import Trie
 
 _MOST_ALLOWED = 1024
+_UNREADABLE = ("llvmlite.binding.ffi",)
 _MOST_LOG_PROBS = 1024
 _Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -77,24 +80,39 @@ def load(path: Path, vocabulary: SidVocabulary, options: VllmOptions) -> "VllmBe
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    llm = LLM(
-        str(path),
-        dtype=options.dtype,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        block_size=options.block_size,
-        enforce_eager=options.enforce_eager or current_platform.is_cpu(),
-        load_format="safetensors",
-        trust_remote_code=False,
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        max_logprobs=_MOST_LOG_PROBS,
-    )
+    with _readable_modules():
+        llm = LLM(
+            str(path),
+            dtype=options.dtype,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            block_size=options.block_size,
+            enforce_eager=options.enforce_eager or current_platform.is_cpu(),
+            load_format="safetensors",
+            trust_remote_code=False,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            max_logprobs=_MOST_LOG_PROBS,
+        )
     return VllmBeamEngine(llm, vocabulary)
+
+
+@contextmanager
+def _readable_modules() -> Iterator[None]:
+    """Hide, while vLLM starts, a module on which its scan of all loaded modules fails.
+
+    The library handle in numba's llvmlite answers to every attribute name, `__dict__` included, and a
+    Spark worker that has built the Swing graph has it loaded.
+    """
+    hidden = {name: sys.modules.pop(name) for name in _UNREADABLE if name in sys.modules}
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
 
 
 class VllmBeamEngine:

@@ -19,6 +19,8 @@ from beam_models import (
 )
 from transformers import GenerationConfig
 
+# One process holds both in production: a Spark worker that built the graph goes on to generate.
+import negrec_core.swing_kernel  # noqa: F401
 from negrec_core.beam import BeamEngine, BeamResult, SidVocabulary, open_engine
 from negrec_core.beam.vllm_engine import VllmBeamEngine
 from negrec_core.errors import ArtefactError, ConfigError, InputError
