@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from train.evaluate import Evaluation
 
 _SHOWN = 8
+_DEPLOYMENT = {
+    "blocked_at_1": "blocked at 1 %",
+    "blocked_at_5": "blocked at 5 %",
+    "auc": "AUC",
+    "within_user_auc": "AUC within user",
+}
+_PREDICTION = {"hr": "HR@20", "fhr": "FHR@20", "luf": "LUF@20", "lif": "LIF@20"}
 
 
 def show_import(summary: "ImportSummary") -> None:
@@ -188,22 +195,13 @@ def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
         f" {evaluation.dislikes:,} dislikes, {evaluation.likes:,} likes; seed {evaluation.seed},"
         " 95 % intervals over users"
     )
-    view = Table(
-        "",
-        "blocked at 1 %",
-        "blocked at 5 %",
-        "AUC",
-        "AUC within user",
-        "HR@20",
-        "FHR@20",
-        "LUF@20",
-        "LIF@20",
-        title=head,
-    )
-    for row in evaluation.rows:
-        cells = [value for value in asdict(row).values() if isinstance(value, dict)]
-        view.add_row(row.method, *(f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
-    console.print(view)
+    console.print(head)
+    for columns in (_DEPLOYMENT, _PREDICTION):
+        view = Table("", *columns.values())
+        for row in evaluation.rows:
+            cells = [getattr(row, name) for name in columns]
+            view.add_row(row.method, *(f"{c.value:.3f} [{c.low:.3f} {c.high:.3f}]" for c in cells))
+        console.print(view)
     best = {
         name: max(getattr(row, name).value for row in evaluation.rows[1:])
         for name in ("blocked_at_1", "blocked_at_5", "fhr")
