@@ -1,8 +1,9 @@
 """What every test runs under: no network, this interpreter in Spark workers, repeatable search."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,12 @@ def public_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(autouse=True)
+def logging_left_alone() -> Iterator[None]:
+    """Commands set up the log of the process; other tests look at it too."""
+    log = logging.getLogger("negrec")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before

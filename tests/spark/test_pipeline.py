@@ -1,10 +1,9 @@
 """The whole pipeline on a small world: from a log to a published list, and all that may go wrong."""
 
 import datetime as dt
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,15 +128,6 @@ def site(
 @pytest.fixture
 def fork(site: Site, tmp_path: Path) -> Site:
     return site.fork(tmp_path / "warehouse")
-
-
-@pytest.fixture(autouse=True)
-def logging_left_alone() -> Iterator[None]:
-    """Commands set up the log of the process; other tests look at it too."""
-    log = logging.getLogger("negrec")
-    before = log.handlers, log.level, log.propagate
-    yield
-    log.handlers, log.level, log.propagate = before
 
 
 def table_versions(store: DeltaStore) -> dict[str, int]:

@@ -1,11 +1,9 @@
 """The command line: its help, its exit codes, and that expected failures are one line."""
 
 import difflib
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +67,6 @@ def test_every_option_says_what_it_does() -> None:
         assert command.help, words
         for parameter in command.params:
             assert getattr(parameter, "help", None) or parameter.name == "help", (words, parameter.name)
-
-
-@pytest.fixture(autouse=True)
-def logging_left_alone() -> Iterator[None]:
-    """Commands set up the log of the process; other tests look at it too."""
-    log = logging.getLogger("negrec")
-    before = log.handlers, log.level, log.propagate
-    yield
-    log.handlers, log.level, log.propagate = before
 
 
 def ended(
