@@ -10,7 +10,6 @@ BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages-$(LOCK)
 PROJECT := $(VENV)/.project
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --no-compile
-TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 # A set-up counts if it was finished, in this folder, and its Python still runs.
 ifneq ($(shell $(BIN)/python -c 'print(open("$(PACKAGES)").read())' 2>/dev/null),$(CURDIR))
@@ -52,8 +51,8 @@ java:
 	    "apt-get install openjdk-17-jre-headless" >&2; exit 1; \
 	fi
 
-# PyTorch's own index is asked only for torch, and only where the configured ones do not have its
-# CPU build. Bytecode is compiled at the end, on all cores and whatever PYTHONDONTWRITEBYTECODE says:
+# PyTorch's CPU build comes first, so that an index without it is told apart from any other failure.
+# Bytecode is compiled at the end, on all cores and whatever PYTHONDONTWRITEBYTECODE says:
 # without it vllm imports three times slower. Some packages carry files for newer Pythons, so
 # failures of that step mean nothing.
 $(PACKAGES): conf/lock/$(LOCK).txt
@@ -64,8 +63,9 @@ $(PACKAGES): conf/lock/$(LOCK).txt
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) $$(grep '^setuptools==' $<)
 ifeq ($(LOCK),cpu)
-	@torch=$$(grep '^torch==' $<); \
-	$(PIP) $$torch 2>/dev/null || $(PIP) --extra-index-url $(TORCH_CPU) $$torch
+	@$(PIP) $$(grep '^torch==' $<) || { \
+	  echo "negrec: your package index has no CPU build of PyTorch; PIP_EXTRA_INDEX_URL=URL adds one" \
+	    "that has (pytorch.org, Get Started, names its URL)" >&2; exit 1; }
 endif
 	@$(PIP) --no-build-isolation -r $<
 	@$(BIN)/python -m compileall -qq -j0 $(VENV)/lib >/dev/null 2>&1 || true

@@ -1,7 +1,6 @@
 """The `negrec` command."""
 
 import datetime as dt
-import os
 import shutil
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 from jobs import views
-from jobs.console import console, errors, reporting, set_up_logging
+from jobs.console import console, errors, reporting, set_up_process
 from jobs.context import JobContext, Warehouse
 from jobs.pipeline import DAILY_STAGES, DATA_STAGES, parse_day, run_day, run_range, run_stage
 from negrec_core.config import load_config
@@ -75,7 +74,7 @@ def main_options(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
     """Options that every command takes."""
-    set_up_logging(verbose)
+    set_up_process(verbose)
     overlays = [name for name in config.split(",") if name]
     ctx.obj = _Settings(warehouse, overlays, set_ or [])
 
@@ -133,7 +132,7 @@ def _import(ctx: typer.Context, source: Path, mapping: Path, start: str | None, 
 @app.command()
 def world(
     out: Annotated[Path, typer.Argument(help="New or empty folder for the files.")],
-    users: Annotated[int, typer.Option(help="Number of users.")] = 3000,
+    users: Annotated[int, typer.Option(help="Number of users.")] = 5000,
     items: Annotated[int, typer.Option(help="Number of items.")] = 1500,
     days: Annotated[int, typer.Option(help="Days of log.")] = 35,
     seed: Seed = 7,
@@ -309,7 +308,7 @@ def show_config(ctx: typer.Context) -> None:
 @app.command()
 def demo(
     ctx: typer.Context,
-    users: Annotated[int, typer.Option(help="Number of users.")] = 3000,
+    users: Annotated[int, typer.Option(help="Number of users.")] = 5000,
     seed: Seed = 7,
 ) -> None:
     """Make a world, import it, train, run the pipeline, and compare with the week that follows.
@@ -369,12 +368,6 @@ def _iso(text: str) -> str:
 
 def main() -> None:
     """Entry point: expected failures end with one line and their exit code."""
-    # Threads that wait for work must sleep, not spin: spinning halves the speed of everything else
-    # on a busy machine, and of torch itself. Read when torch is imported; Spark's workers inherit it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # negrec shows its own progress.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except NegrecError as error:

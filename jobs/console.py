@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,8 +20,17 @@ _QUIET_SECONDS = 10.0
 log = logging.getLogger("negrec")
 
 
-def set_up_logging(verbose: bool) -> None:
-    """Log lines go to standard error; results go to standard output."""
+def set_up_process(verbose: bool) -> None:
+    """Make this process a well-behaved job, before torch or Spark is imported.
+
+    Log lines go to standard error; results go to standard output.
+    """
+    # Threads that wait for work must sleep, not spin: spinning halves the speed of everything else
+    # on a busy machine, and of torch itself. Read when torch is imported; local Spark workers inherit it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # negrec shows its own progress.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     level = logging.DEBUG if verbose else logging.INFO
     if errors.is_terminal:
         handler: logging.Handler = RichHandler(console=errors, show_path=False, show_level=False)

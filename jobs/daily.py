@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from jobs.console import reporting, set_up_logging
+from jobs.console import reporting, set_up_process
 from jobs.context import Warehouse
 from jobs.pipeline import DAILY_STAGES, parse_day, run_day
 from negrec_core.config import load_config
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", default=",".join(DAILY_STAGES))
     parser.add_argument("--force", action="store_true", help="new revision of what is there")
     options = parser.parse_args(arguments)
-    set_up_logging(verbose=False)
+    set_up_process(verbose=False)
     try:
         config = load_config(options.config, ["spark.master=null", *options.set])
         warehouse = Warehouse(Path(options.warehouse), config)

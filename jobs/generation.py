@@ -57,6 +57,7 @@ class _Loaded:
     trie: Trie
     blocks: list[tuple[int, ...]]
     sid_of_item: dict[str, int]
+    leaf_of_sid: np.ndarray
 
 
 # One engine per executor process: Spark reuses its Python workers, and loading costs seconds.
@@ -100,27 +101,30 @@ def generate(contexts: "DataFrame", task: GenerationTask) -> "DataFrame":
 
 
 def predict_batch(batch: pa.RecordBatch, loaded: _Loaded, task: GenerationTask) -> pa.RecordBatch:
-    """Predictions of one batch of contexts, ranked from 1; unused beams are left out."""
+    """The best new predictions of each user, ranked from 1.
+
+    IDs of the dislikes in the context are left out: they are known, and a set has few places.
+    """
+    settings = task.settings
     rows = batch.to_pylist()
-    prompts = [
-        loaded.prompt.write(
-            context_events(row["negatives"], row["positives"], loaded.sid_of_item),
-            loaded.blocks,
-            task.settings.pad_prompts_to,
-        )[0]
-        for row in rows
-    ]
-    found = loaded.engine.search(prompts, loaded.trie, task.settings.beam_width)
-    used = found.codes[:, :, 0] >= 0
-    user, beam = np.nonzero(used)
-    n = len(user)
-    codes = found.codes[used]
+    events = [context_events(row["negatives"], row["positives"], loaded.sid_of_item) for row in rows]
+    prompts = [loaded.prompt.write(past, loaded.blocks, settings.pad_prompts_to)[0] for past in events]
+    found = loaded.engine.search(prompts, loaded.trie, settings.beam_width)
+    leaves = loaded.trie.find(np.maximum(found.codes, 0).reshape(-1, loaded.trie.depth))
+    new = found.codes[:, :, 0] >= 0
+    for user, past in enumerate(events):
+        known = [loaded.leaf_of_sid[event.sid] for event in past if event.disliked]
+        new[user] &= ~np.isin(leaves.reshape(new.shape)[user], known)
+    rank = new.cumsum(1)
+    kept = new & (rank <= settings.set_size)
+    owner = np.nonzero(kept)[0]
+    n = len(owner)
     return pa.RecordBatch.from_arrays(
         [
-            batch["user_id"].take(pa.array(user)),
-            pa.array(beam + 1, pa.int32()),
-            _lists(codes),
-            pa.array(found.log_probs[used], pa.float32()),
+            batch["user_id"].take(pa.array(owner)),
+            pa.array(rank[kept], pa.int32()),
+            _lists(found.codes[kept]),
+            pa.array(found.log_probs[kept], pa.float32()),
             pa.array([task.codebook_version] * n, pa.string()),
             pa.array([task.model_version] * n, pa.string()),
         ],
@@ -145,12 +149,9 @@ def _load(task: GenerationTask) -> _Loaded:
         engine = open_engine(
             task.settings.engine, path, prompt.vocabulary, dtype=task.settings.dtype, **options
         )
+        trie = Trie.build(ids.codes, prompt.vocabulary.code_counts)
         _loaded[key] = _Loaded(
-            engine,
-            prompt,
-            Trie.build(ids.codes, prompt.vocabulary.code_counts),
-            prompt.blocks(ids.codes),
-            ids.index,
+            engine, prompt, trie, prompt.blocks(ids.codes), ids.index, trie.find(ids.codes)
         )
     return _loaded[key]
 

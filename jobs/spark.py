@@ -67,6 +67,7 @@ def open_session(settings: SparkConfig, timezone: str, progress: bool) -> "Spark
         "spark.sql.parquet.compression.codec": "zstd",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.ansi.enabled": "true",
+        "spark.executorEnv.OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(progress).lower(),
         "spark.driver.extraJavaOptions": (

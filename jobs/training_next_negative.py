@@ -20,7 +20,8 @@ def training_next_negative(
         feedback: `feedback` rows that training may see.
         settings: how many dislikes and likes a context keeps.
         window_days: how far back a context looks.
-        samples_per_user: most instants taken from one user; which, a hash decides.
+        samples_per_user: most instants taken from one user: the last, and then each one that is as
+            many dislikes earlier as a context holds, so that no dislike is learnt from twice.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
@@ -28,12 +29,13 @@ def training_next_negative(
     targets = feedback.where("polarity = -1").select(
         "user_id", F.col("event_time").alias("anchor_time"), F.col("item_id").alias("target")
     )
-    by_hash = Window.partitionBy("user_id").orderBy(F.xxhash64("user_id", "anchor_time"))
+    latest_first = Window.partitionBy("user_id").orderBy(F.desc("anchor_time"))
+    stride = settings.max_negatives + 1
     chosen = (
         targets.select("user_id", "anchor_time")
         .distinct()
-        .withColumn("n", F.row_number().over(by_hash))
-        .where(F.col("n") <= samples_per_user)
+        .withColumn("n", F.row_number().over(latest_first) - 1)
+        .where((F.col("n") % stride == 0) & (F.col("n") < samples_per_user * stride))
         .drop("n")
     )
     contexts = user_context(feedback, chosen, settings, window_days)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from negrec_core.errors import ConfigError
 from negrec_core.resources import resource
@@ -113,15 +113,18 @@ class GeneratorConfig(_Model):
     max_steps: int = Field(description="-1: no limit")
     batch_size: Positive = Field(description="samples in one step")
     learning_rate: float = Field(gt=0, description="at its highest, after the warm-up")
-    samples_per_user: Positive = Field(description="most training anchors taken from one user")
-    learn_likes: bool = Field(description="the likes in a context are targets of training too")
+    samples_per_user: Positive = Field(description="most training anchors of one user, latest first")
+    like_weight: Share = Field(
+        description="weight of the likes in a context as targets of training; a dislike's is 1"
+    )
 
 
 class GenerationConfig(_Model):
     """Batch beam search."""
 
     engine: Literal["torch", "vllm"] = Field(description="what runs the generator")
-    beam_width: Positive = Field(description="semantic IDs predicted per user")
+    beam_width: Positive = Field(description="beams kept at each level; wider finds likelier IDs")
+    set_size: Positive = Field(description="semantic IDs predicted per user, at most `beam_width`")
     dtype: Literal["float32", "bfloat16"] = Field(description="number format of the generator")
     pad_prompts_to: Positive = Field(
         description="prompts are padded on the left to a multiple of this; vLLM: its KV block size"
@@ -129,6 +132,14 @@ class GenerationConfig(_Model):
     batch_users: Positive = Field(description="users in one call of the engine")
     parallelism: Positive = Field(description="engines at once, one executor process each")
     engine_options: dict[str, Any] = Field(description="passed to the engine as they are")
+
+    @field_validator("set_size")
+    @classmethod
+    def _within_the_beam(cls, value: int, info: ValidationInfo) -> int:
+        width = info.data.get("beam_width", value)
+        if value > width:
+            raise ValueError(f"{value} is more than generation.beam_width, which is {width}")
+        return value
 
 
 class CalibrationConfig(_Model):

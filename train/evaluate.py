@@ -17,7 +17,7 @@ from negrec_core.config import Config
 from negrec_core.delta import DeltaStore, day_range
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
-from negrec_core.metrics import Estimate, auc, blocked_at, bootstrap, user_pairs, within_user_auc
+from negrec_core.metrics import Estimate, Ranking, bootstrap, user_pairs, within_user_auc
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
 
@@ -131,7 +131,7 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
         illegal=illegal,
         rows=[_row(name, scores[name], exposures, hits[name], seed) for name in scores],
         without={
-            name: blocked_at(snapshot.score.score(_flattened(features, n)), disliked, 0.01)
+            name: Ranking.of(snapshot.score.score(_flattened(features, n)), disliked).blocked_at(0.01)
             for n, name in enumerate(FEATURES)
         },
         threshold=snapshot.score.threshold,
@@ -268,6 +268,7 @@ def _flattened(features: np.ndarray, column: int) -> np.ndarray:
 
 def _row(name: str, scores: np.ndarray, exposures: pd.DataFrame, hits: pd.DataFrame, seed: int) -> Row:
     disliked, users = exposures["disliked"].to_numpy(), exposures["user"].to_numpy()
+    ranking = Ranking.of(scores, disliked)
     # Summed per user beforehand: a user drawn twice must count twice, not pair with itself.
     ordered, pairs = user_pairs(scores, disliked, users)
 
@@ -275,15 +276,15 @@ def _row(name: str, scores: np.ndarray, exposures: pd.DataFrame, hits: pd.DataFr
         values = rows[column].to_numpy(float)
         if not len(values):
             return Estimate(float("nan"), float("nan"), float("nan"))
-        return bootstrap(lambda at: float(values[at].mean()), np.arange(len(values)), seed)
+        return bootstrap(lambda times: float(np.average(values, weights=times)), np.arange(len(values)), seed)
 
     return Row(
         method=name,
-        blocked_at_1=bootstrap(lambda at: blocked_at(scores[at], disliked[at], 0.01), users, seed),
-        blocked_at_5=bootstrap(lambda at: blocked_at(scores[at], disliked[at], 0.05), users, seed),
-        auc=bootstrap(lambda at: auc(scores[at], disliked[at]), users, seed),
+        blocked_at_1=bootstrap(lambda times: ranking.blocked_at(0.01, times), users, seed),
+        blocked_at_5=bootstrap(lambda times: ranking.blocked_at(0.05, times), users, seed),
+        auc=bootstrap(ranking.auc, users, seed),
         within_user_auc=bootstrap(
-            lambda at: within_user_auc(ordered[at], pairs[at]), np.arange(len(pairs)), seed
+            lambda times: within_user_auc(ordered * times, pairs * times), np.arange(len(pairs)), seed
         ),
         hr=over_users("hr", hits),
         fhr=over_users("fhr", hits),

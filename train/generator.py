@@ -1,13 +1,14 @@
 """`negrec train generator`: next-negative supervised fine-tuning (DESIGN section 7, warm-up).
 
 A sample is a user's past before an anchor and the item disliked at it. The loss covers the target's
-codes and, since each is the next dislike after its own prefix, those of the dislikes in the past.
+codes and, since each is the next event of its kind after its own prefix, those of the past.
 """
 
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from negrec_core.artefacts import Manifest, new_version, seal
 from negrec_core.config import Config
@@ -25,18 +26,19 @@ from negrec_core.generator import GENERATOR, newest, open_codebook
 from negrec_core.progress import Progress
 from negrec_core.prompts import PromptWriter, context_events
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.trie import Trie
+from train.likelihood import IGNORED, ConstrainedTrainer, pad_samples
 from train.models import build_model, load_prompt_text
 from train.plots import plot_curve
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one training sequence; `labels` is -100 where there is no loss."""
+    """Token ids of one training sequence; where there is no loss, `labels` is -100 and `weights` 0."""
 
     input_ids: list[int]
     labels: list[int]
+    weights: list[float]
 
 
 def train_generator(
@@ -78,7 +80,7 @@ def train_generator(
     )
     blocks = prompt.blocks(ids.codes)
     samples = list(
-        build_samples(rows, prompt, blocks, ids.index, settings.learn_likes, config.generation.pad_prompts_to)
+        build_samples(rows, prompt, blocks, ids.index, settings.like_weight, config.generation.pad_prompts_to)
     )
     if not samples:
         raise InputError(
@@ -86,7 +88,7 @@ def train_generator(
             " import feedback with dislikes, and run the stage item_semantic_id"
         )
     path = new_version(models, GENERATOR)
-    trainer = SFTTrainer(
+    trainer = ConstrainedTrainer(
         model=model,
         args=SFTConfig(
             output_dir=str(path / ".training"),
@@ -108,12 +110,16 @@ def train_generator(
             disable_tqdm=True,
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
+            remove_unused_columns=False,
             bf16=False,
             use_cpu=not _has_gpu(),
         ),
         train_dataset=_dataset(samples),
+        data_collator=partial(pad_samples, pad=prompt.pad),
         processing_class=tokenizer,
         callbacks=[_Report(progress)],
+        trie=Trie.build(ids.codes, codebook.code_counts),
+        vocabulary=prompt.vocabulary,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -149,7 +155,7 @@ def build_samples(
     prompt: PromptWriter,
     blocks: list[tuple[int, ...]],
     sid_of_item: dict[str, int],
-    learn_likes: bool,
+    like_weight: float,
     multiple_of: int,
 ) -> Iterator[Sample]:
     """Token sequences of `training_next_negative` rows; targets without a semantic ID are left out.
@@ -159,7 +165,7 @@ def build_samples(
         prompt: writes the prompts.
         blocks: token block of each semantic ID.
         sid_of_item: item -> index into `blocks`.
-        learn_likes: whether the likes in the past are targets too.
+        like_weight: what a like in the past counts as a target, a dislike counting 1.
         multiple_of: padding of the prompt, as in generation.
     """
     for batch in rows.to_batches(max_chunksize=10_000):
@@ -169,12 +175,13 @@ def build_samples(
                 continue
             events = context_events(row["negatives"], row["positives"], sid_of_item)
             tokens, positions = prompt.write(events, blocks, multiple_of)
-            labels = [_IGNORED] * len(tokens)
+            labels, weights = [IGNORED] * len(tokens), [0.0] * len(tokens)
             width = len(blocks[target])
             for at, disliked in positions:
-                if disliked or learn_likes:
+                if disliked or like_weight:
                     labels[at : at + width] = tokens[at : at + width]
-            yield Sample([*tokens, *blocks[target]], [*labels, *blocks[target]])
+                    weights[at : at + width] = [1.0 if disliked else like_weight] * width
+            yield Sample([*tokens, *blocks[target]], [*labels, *blocks[target]], [*weights, *[1.0] * width])
 
 
 class _Report(TrainerCallback):
@@ -190,6 +197,7 @@ def _dataset(samples: list[Sample]) -> Dataset:
         {
             "input_ids": [sample.input_ids for sample in samples],
             "labels": [sample.labels for sample in samples],
+            "weights": [sample.weights for sample in samples],
             "length": [len(sample.input_ids) for sample in samples],
         }
     )

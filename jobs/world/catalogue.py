@@ -13,6 +13,7 @@ from jobs.world.settings import DAY_MS, WorldSettings, midnight_ms
 from jobs.world.tastes import KINDS, make_archetypes
 
 NEW_ITEMS = 0.15  # share that appears while the log runs
+POPULARITY_SPREAD = 0.7  # of the log of how often an item is offered
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def make_world(settings: WorldSettings, vocabulary: dict[str, Any], rng: np.rand
         offsets=offsets,
         top_of=top_of + offsets[1],
         price=rng.integers(len(vocabulary["prices"]), size=n),
-        popularity=np.exp(rng.normal(0.0, 1.0, n) + 0.3 * quality),
+        popularity=np.exp(rng.normal(0.0, POPULARITY_SPREAD, n) + 0.3 * quality),
         quality=quality,
         length_ms=np.clip(rng.lognormal(np.log(14_000), 0.5, n), 4_000, 50_000),
         by_category=np.argsort(category, kind="stable"),

@@ -24,13 +24,13 @@ REASONS = TASTE_REASONS + OTHER_REASONS
 PRODUCT, CATEGORY, STORE, IMAGE, ALREADY, AI_MADE = range(6)
 
 # Log odds of a reaction at utility 0, and per unit of utility.
-DISLIKE_BASE, DISLIKE_SLOPE = -4.75, 1.25
+DISLIKE_BASE, DISLIKE_SLOPE = -5.2, 1.5
 CLICK_BASE, CLICK_SLOPE = -2.1, 0.5
 BUY_BASE, BUY_SLOPE = -1.9, 0.5
 OTHER_RATE = 0.004  # not_interested for a reason that has nothing to do with taste
 ALREADY_RATE = 0.04  # the same, on an item that the user clicked or bought on an earlier day
 
-FEEDBACK = np.log(0.35)  # what one rejection does to the weight of its category and its brand
+FEEDBACK = np.log(0.5)  # what one rejection does to the weight of its category and its brand
 RECOVERY = 0.95  # share of that which is left a day later
 
 

@@ -21,7 +21,7 @@ class WorldSettings:
         seed: equal settings and seed make equal files.
     """
 
-    users: int = 3000
+    users: int = 5000
     items: int = 1500
     start: dt.date = dt.date(2026, 1, 5)
     days: int = 35

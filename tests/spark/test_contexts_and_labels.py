@@ -162,16 +162,21 @@ def test_item_rates_count_a_user_once_and_shrink_to_the_mean(frame: Any, seed: i
 @pytest.mark.parametrize("seed", [5, 6])
 def test_samples_hold_only_what_came_before_their_target(frame: Any, seed: int) -> None:
     rows = random_feedback(seed)
-    settings = load_config().context
+    settings = load_config().context.model_copy(update={"max_negatives": 2, "max_positives": 50})
     found = training_next_negative(frame("feedback", rows), settings, 365, 3).toArrow().to_pylist()
     dislikes = {(r["user_id"], r["event_time"], r["item_id"]) for r in rows if r["polarity"] == -1}
-    instants = Counter(user for user, _ in {(user, time) for user, time, _ in dislikes})
-    chosen = {(row["user_id"], row["anchor_time"]) for row in found}
-    assert Counter(user for user, _ in chosen) == {user: min(3, n) for user, n in instants.items()}
+    # The last dislike, and each one that has a context's worth of dislikes and the target between.
+    expected = set()
+    for user in {user for user, _, _ in dislikes}:
+        instants = sorted({time for other, time, _ in dislikes if other == user}, reverse=True)
+        expected |= {(user, time) for time in instants[::3][:3]}
+    assert {(row["user_id"], row["anchor_time"]) for row in found} == expected
+    assert len(expected) > len({user for user, _ in expected})
     for row in found:
         assert (row["user_id"], row["anchor_time"], row["target"]) in dislikes
         past = [r for r in rows if r["user_id"] == row["user_id"] and r["event_time"] < row["anchor_time"]]
-        assert {e["item_id"] for e in row["negatives"]} == {r["item_id"] for r in past if r["polarity"] == -1}
+        negatives = sorted((r for r in past if r["polarity"] == -1), key=lambda r: r["event_time"])
+        assert {e["event_time"] for e in row["negatives"]} == {r["event_time"] for r in negatives[-2:]}
         assert {e["item_id"] for e in row["positives"]} == {r["item_id"] for r in past if r["polarity"] == 1}
 
 

@@ -54,7 +54,8 @@ SETTINGS = (
     "generator.preset=tiny",
     "generator.max_steps=20",
     "generator.batch_size=16",
-    "generation.beam_width=8",
+    "generation.beam_width=24",
+    "generation.set_size=8",
     "calibration.held_out_share=0.5",
     "calibration.days=7",
 )
@@ -176,14 +177,24 @@ def test_predictions_are_legal_and_ranked_without_gaps(site: Site) -> None:
     by_user: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_user.setdefault(row["user_id"], []).append(row)
-    assert set(by_user) == {row["user_id"] for row in rows_of(store, "user_context")}
+    known = {
+        row["user_id"]: {
+            tuple(ids.codes[ids.index[event["item_id"]]])
+            for event in row["negatives"]
+            if event["item_id"] in ids.index
+        }
+        for row in rows_of(store, "user_context")
+    }
+    assert set(by_user) == set(known)
+    assert any(known.values())
     for own in by_user.values():
         own.sort(key=lambda row: row["rank"])
         assert [row["rank"] for row in own] == list(range(1, len(own) + 1))
-        assert len(own) == site.config.generation.beam_width
+        assert len(own) == site.config.generation.set_size
         codes = [tuple(row["codes"]) for row in own]
         assert len(set(codes)) == len(codes)
         assert set(codes) <= legal
+        assert not set(codes) & known[own[0]["user_id"]]
         log_probs = [row["log_prob"] for row in own]
         assert log_probs == sorted(log_probs, reverse=True)
         assert log_probs[0] <= 0

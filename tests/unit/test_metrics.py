@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from negrec_core.metrics import auc, blocked_at, bootstrap, user_pairs, within_user_auc
+from negrec_core.metrics import Ranking, bootstrap, user_pairs, within_user_auc
 
 # Few distinct scores, so that ties are the rule.
 ROWS = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30)
@@ -23,6 +23,14 @@ def auc_by_pairs(scores, disliked):
         for good in scores[~disliked]
     ]
     return float(np.mean(won)) if won else float("nan")
+
+
+def auc(scores, disliked):
+    return Ranking.of(scores, disliked).auc()
+
+
+def blocked_at(scores, disliked, share):
+    return Ranking.of(scores, disliked).blocked_at(share)
 
 
 def within_user_auc_of(scores, disliked, users):
@@ -96,20 +104,19 @@ def test_a_user_drawn_twice_counts_twice_and_not_as_pairs_with_itself():
     ordered, pairs = user_pairs(scores, disliked, users)
     assert ordered.tolist() == [1, 0]
     assert pairs.tolist() == [1, 1]
-    drawn = np.array([0, 0, 1])
-    assert within_user_auc(ordered[drawn], pairs[drawn]) == pytest.approx(2 / 3)
+    times = np.array([2, 1])
+    assert within_user_auc(ordered * times, pairs * times) == pytest.approx(2 / 3)
 
 
 def test_bootstrap_draws_whole_users_and_repeats_itself():
     users = np.array([2, 0, 1, 0, 2, 2])
     drawn = []
 
-    def figure(at):
-        counts = np.bincount(at, minlength=6)
+    def figure(counts):
         drawn.append(counts)
         assert counts[1] == counts[3]
         assert counts[0] == counts[4] == counts[5]
-        return float(users[at].mean())
+        return float(np.average(users, weights=counts))
 
     first = bootstrap(figure, users, seed=4, rounds=50)
     assert first == bootstrap(figure, users, seed=4, rounds=50)
@@ -122,8 +129,8 @@ def test_bootstrap_draws_whole_users_and_repeats_itself():
 def test_same_seed_draws_the_same_users_for_every_figure():
     users = np.repeat(np.arange(5), 3)
     one, other = [], []
-    bootstrap(lambda at: one.append(at) or 0.0, users, seed=1, rounds=5)
-    bootstrap(lambda at: other.append(at) or 1.0, users, seed=1, rounds=5)
+    bootstrap(lambda times: one.append(times) or 0.0, users, seed=1, rounds=5)
+    bootstrap(lambda times: other.append(times) or 1.0, users, seed=1, rounds=5)
     assert all((a == b).all() for a, b in zip(one, other, strict=True))
 
 
@@ -132,12 +139,24 @@ def test_bootstrap_interval_holds_the_truth_about_as_often_as_it_says():
     held = 0
     for seed in range(100):
         values = rng.normal(size=60)
-        found = bootstrap(lambda at, v=values: float(v[at].mean()), np.arange(60), seed)
+        found = bootstrap(lambda times, v=values: float(np.average(v, weights=times)), np.arange(60), seed)
         held += found.low <= 0 <= found.high
     assert 85 <= held <= 100
 
 
 def test_bootstrap_leaves_draws_without_a_figure_out():
-    disliked = np.array([True, False])
-    found = bootstrap(lambda at: auc(np.array([2.0, 1.0])[at], disliked[at]), np.arange(2), 0)
+    found = bootstrap(Ranking.of(np.array([2.0, 1.0]), np.array([True, False])).auc, np.arange(2), 0)
     assert (found.low, found.value, found.high) == (1, 1, 1)
+
+
+@given(ROWS, st.data(), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+def test_a_weight_counts_a_row_that_often(rows, data, share):
+    scores, disliked, _ = arrays(rows)
+    weights = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows))))
+    ranking, repeated = Ranking.of(scores, disliked), np.repeat(np.arange(len(rows)), weights)
+    if not len(repeated):
+        assert np.isnan(ranking.auc(weights))
+        return
+    again = Ranking.of(scores[repeated], disliked[repeated])
+    assert ranking.auc(weights) == pytest.approx(again.auc(), nan_ok=True)
+    assert ranking.blocked_at(share, weights) == pytest.approx(again.blocked_at(share), nan_ok=True)

@@ -47,8 +47,8 @@ def table(*rows):
     return pa.Table.from_pylist(whole, TABLES["training_next_negative"].schema)
 
 
-def samples(*rows, learn_likes=False, multiple_of=1, prompt=PROMPT):
-    return list(build_samples(table(*rows), prompt, BLOCKS, SIDS, learn_likes, multiple_of))
+def samples(*rows, like_weight=0.0, multiple_of=1, prompt=PROMPT):
+    return list(build_samples(table(*rows), prompt, BLOCKS, SIDS, like_weight, multiple_of))
 
 
 def test_target_comes_last_and_dislikes_are_learned_likes_not():
@@ -58,8 +58,9 @@ def test_target_comes_last_and_dislikes_are_learned_likes_not():
 
 
 def test_likes_are_learned_too_where_asked():
-    (sample,) = samples(("c", past(("a", 2)), past(("b", 1))), learn_likes=True)
+    (sample,) = samples(("c", past(("a", 2)), past(("b", 1))), like_weight=0.25)
     assert sample.labels == [NONE, NONE, *B, NONE, *A, NONE, *C]
+    assert sample.weights == [0, 0, *[0.25] * 3, 0, *[1] * 3, 0, *[1] * 3]
 
 
 def test_events_stand_in_time_order():
