@@ -117,6 +117,8 @@ class GeneratorConfig(_Model):
     like_weight: Share = Field(
         description="weight of the likes in a context as targets of training; a dislike's is 1"
     )
+    event_dropout: Share = Field(description="chance of an event to be left out of a training context")
+    shuffle_share: Share = Field(description="chance of a training context to be put in random order")
 
 
 class GenerationConfig(_Model):

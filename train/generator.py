@@ -6,14 +6,10 @@ codes and, since each is the next event of its kind after its own prefix, those 
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-from datasets import Dataset
+import numpy as np
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
@@ -24,21 +20,12 @@ from negrec_core.delta import DeltaStore
 from negrec_core.errors import InputError
 from negrec_core.generator import GENERATOR, newest, open_codebook
 from negrec_core.progress import Progress
-from negrec_core.prompts import PromptWriter, context_events
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
-from train.likelihood import IGNORED, ConstrainedTrainer, pad_samples
+from train.likelihood import ConstrainedTrainer
 from train.models import build_model, load_prompt_text
 from train.plots import plot_curve
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Token ids of one training sequence; where there is no loss, `labels` is -100 and `weights` 0."""
-
-    input_ids: list[int]
-    labels: list[int]
-    weights: list[float]
+from train.samples import SampleWriter, load_samples
 
 
 def train_generator(
@@ -78,11 +65,8 @@ def train_generator(
         settings.prompt_tokens,
         seed,
     )
-    blocks = prompt.blocks(ids.codes)
-    samples = list(
-        build_samples(rows, prompt, blocks, ids.index, settings.like_weight, config.generation.pad_prompts_to)
-    )
-    if not samples:
+    samples = load_samples(rows, ids.index)
+    if not len(samples):
         raise InputError(
             f"table training_next_negative: ds={until} has no sample whose item has a semantic ID;"
             " import feedback with dislikes, and run the stage item_semantic_id"
@@ -111,11 +95,20 @@ def train_generator(
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
             bf16=False,
             use_cpu=not _has_gpu(),
         ),
-        train_dataset=_dataset(samples),
-        data_collator=partial(pad_samples, pad=prompt.pad),
+        train_dataset=samples,
+        data_collator=SampleWriter(
+            prompt,
+            prompt.blocks(ids.codes),
+            settings.like_weight,
+            config.generation.pad_prompts_to,
+            settings.event_dropout,
+            settings.shuffle_share,
+            np.random.default_rng(seed),
+        ),
         processing_class=tokenizer,
         callbacks=[_Report(progress)],
         trie=Trie.build(ids.codes, codebook.code_counts),
@@ -150,57 +143,12 @@ def train_generator(
     )
 
 
-def build_samples(
-    rows: pa.Table,
-    prompt: PromptWriter,
-    blocks: list[tuple[int, ...]],
-    sid_of_item: dict[str, int],
-    like_weight: float,
-    multiple_of: int,
-) -> Iterator[Sample]:
-    """Token sequences of `training_next_negative` rows; targets without a semantic ID are left out.
-
-    Args:
-        rows: table rows.
-        prompt: writes the prompts.
-        blocks: token block of each semantic ID.
-        sid_of_item: item -> index into `blocks`.
-        like_weight: what a like in the past counts as a target, a dislike counting 1.
-        multiple_of: padding of the prompt, as in generation.
-    """
-    for batch in rows.to_batches(max_chunksize=10_000):
-        for row in batch.to_pylist():
-            target = sid_of_item.get(row["target"])
-            if target is None:
-                continue
-            events = context_events(row["negatives"], row["positives"], sid_of_item)
-            tokens, positions = prompt.write(events, blocks, multiple_of)
-            labels, weights = [IGNORED] * len(tokens), [0.0] * len(tokens)
-            width = len(blocks[target])
-            for at, disliked in positions:
-                if disliked or like_weight:
-                    labels[at : at + width] = tokens[at : at + width]
-                    weights[at : at + width] = [1.0 if disliked else like_weight] * width
-            yield Sample([*tokens, *blocks[target]], [*labels, *blocks[target]], [*weights, *[1.0] * width])
-
-
 class _Report(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._progress(state.global_step, state.max_steps)
-
-
-def _dataset(samples: list[Sample]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "input_ids": [sample.input_ids for sample in samples],
-            "labels": [sample.labels for sample in samples],
-            "weights": [sample.weights for sample in samples],
-            "length": [len(sample.input_ids) for sample in samples],
-        }
-    )
 
 
 def _has_gpu() -> bool:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from trl import SFTTrainer
 
 from negrec_core.beam import SidVocabulary
@@ -50,18 +49,6 @@ def constrained_nll(
         total = total + (weight[:, level] * nats).sum()
         node = trie.child(level, node, known[:, level])
     return total
-
-
-def pad_samples(samples: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
-    """A batch of samples (`input_ids`, `labels`, `weights`), padded on the right to the longest."""
-    fill = {"input_ids": pad, "labels": IGNORED, "weights": 0.0}
-    batch = {
-        name: pad_sequence([torch.tensor(sample[name]) for sample in samples], True, value)
-        for name, value in fill.items()
-    }
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    return batch
 
 
 class ConstrainedTrainer(SFTTrainer):

@@ -2,6 +2,9 @@
 
 import datetime as dt
 import importlib.util
+import itertools
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +22,9 @@ from negrec_core.generator import open_generator
 from negrec_core.progress import silent
 from negrec_core.prompts import PromptWriter, sid_token
 from negrec_core.schemas import TABLES
-from train.generator import build_samples, train_generator
+from train.generator import train_generator
 from train.models import build_model, load_prompt_text
+from train.samples import SampleWriter, load_samples
 
 T0 = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
 # Head 1, liked 2, disliked 3, padding 0; codes from 10, 20 and 30.
@@ -47,8 +51,17 @@ def table(*rows):
     return pa.Table.from_pylist(whole, TABLES["training_next_negative"].schema)
 
 
-def samples(*rows, like_weight=0.0, multiple_of=1, prompt=PROMPT):
-    return list(build_samples(table(*rows), prompt, BLOCKS, SIDS, like_weight, multiple_of))
+class Written(NamedTuple):
+    input_ids: list
+    labels: list
+    weights: list
+
+
+def samples(*rows, like_weight=0.0, multiple_of=1, prompt=PROMPT, dropout=0.0, shuffle=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    writer = SampleWriter(prompt, BLOCKS, like_weight, multiple_of, dropout, shuffle, rng)
+    stored = load_samples(table(*rows), SIDS)
+    return [Written(*writer.write(row["sids"], row["disliked"], row["target"])) for row in stored]
 
 
 def test_target_comes_last_and_dislikes_are_learned_likes_not():
@@ -90,6 +103,36 @@ def test_old_events_are_cut_and_the_target_is_not():
     short = PromptWriter(PROMPT.vocabulary, (1,), (2,), (3,), 0, 7)
     (sample,) = samples(("c", past(("a", 2), ("b", 1)), []), prompt=short)
     assert sample.input_ids == [1, 3, *A, 3, *C]
+
+
+def test_variations_leave_events_out_and_move_them_but_keep_the_target():
+    row = ("c", past(("a", 3), ("b", 1)), past(("c", 2)))
+    chosen = Counter()
+    for seed in range(1500):
+        (sample,) = samples(row, dropout=0.5, shuffle=0.5, like_weight=0.5, seed=seed)
+        assert sample.input_ids[-4:] == [3, *C]
+        assert sample.labels[-4:] == [NONE, *C]
+        chosen[tuple(sample.input_ids[1:-4])] += 1
+        for at, label in enumerate(sample.labels):
+            assert label in (NONE, sample.input_ids[at])
+            assert (sample.weights[at] > 0) == (label != NONE)
+    whole = [3, *A], [3, *B], [2, *C]
+    some = {tuple(itertools.chain(*events)) for n in range(4) for events in itertools.permutations(whole, n)}
+    assert set(chosen) == some
+    # An eighth is left whole, and half of those in time order, besides those that chance orders so.
+    assert 70 < chosen[(3, *B, 2, *C, 3, *A)] < 150
+    in_order = [samples(row, seed=seed)[0].input_ids for seed in range(5)]
+    assert in_order == [[1, 3, *B, 2, *C, 3, *A, 3, *C]] * 5
+
+
+def test_a_batch_is_padded_on_the_right_where_nothing_is_learnt():
+    stored = load_samples(table(("c", past(("a", 2)), []), ("a", [], [])), SIDS)
+    writer = SampleWriter(PROMPT, BLOCKS, 0.0, 1, 0.0, 0.0, np.random.default_rng(0))
+    batch = {name: value.tolist() for name, value in writer(list(stored)).items()}
+    assert batch["input_ids"] == [[1, 3, *A, 3, *C], [1, 3, *A, 0, 0, 0, 0]]
+    assert batch["attention_mask"] == [[1] * 9, [1] * 5 + [0] * 4]
+    assert batch["labels"][1] == [NONE, NONE, *A, *[NONE] * 4]
+    assert batch["weights"][1] == [0, 0, 1, 1, 1, 0, 0, 0, 0]
 
 
 def test_tokens_are_contiguous_per_level_and_the_head_is_tied():
