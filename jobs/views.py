@@ -202,20 +202,19 @@ def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
             cells = [getattr(row, name) for name in columns]
             view.add_row(row.method, *(f"{c.value:.3f} [{c.low:.3f} {c.high:.3f}]" for c in cells))
         console.print(view)
-    best = {
-        name: max(getattr(row, name).value for row in evaluation.rows[1:])
-        for name in ("blocked_at_1", "blocked_at_5", "fhr")
-    }
-    ours = evaluation.rows[0]
-    margins = ", ".join(
-        f"{label} {getattr(ours, name).value / best[name]:.2f}x" if best[name] else f"{label} -"
-        for name, label in (
-            ("blocked_at_1", "blocked at 1 %"),
-            ("blocked_at_5", "blocked at 5 %"),
-            ("fhr", "FHR@20"),
+    ours, *others = evaluation.rows
+    for name, label in (
+        ("blocked_at_1", "blocked at 1 %"),
+        ("blocked_at_5", "blocked at 5 %"),
+        ("fhr", "FHR@20"),
+    ):
+        ranked = sorted(others, key=lambda row: getattr(row, name).value, reverse=True)
+        margins = (
+            f"{getattr(ours, name).value / getattr(row, name).value:.2f}x {row.method}"
+            for row in ranked
+            if getattr(row, name).value
         )
-    )
-    console.print(f"against the best rule: {margins}")
+        console.print(f"{label}: negrec has {', '.join(margins)}")
     parts = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.without.items())
     console.print(f"blocked at 1 % with one part of the score held at its mean: {parts}")
     console.print(
@@ -224,6 +223,7 @@ def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
         f" {evaluation.listed:,} users; {evaluation.illegal} illegal IDs"
     )
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(asdict(evaluation), indent=1), encoding="utf-8")
 
 

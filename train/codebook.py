@@ -45,7 +45,7 @@ def train_codebook(
     if not items.num_rows:
         raise InputError(f"table item: no item on or before ds={until}; import a catalogue first")
     encoder = TextEncoder(settings.encoder)
-    embeddings = encoder.encode([item_text(row) for row in items.to_pylist()])
+    embeddings = encoder.encode([item_text(row) for row in items.to_pylist()], progress)
     if settings.trainer == "rqvae":
         codebook, curve = rqvae.train_codebook(
             embeddings,

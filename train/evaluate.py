@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from negrec_core.block_score import FEATURES, smoothed_log_odds
+from negrec_core.block_score import FEATURES
 from negrec_core.blocklist import Snapshot, load_snapshot
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore, day_range
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
+from negrec_core.items import load_items
 from negrec_core.metrics import Estimate, Ranking, bootstrap, user_pairs, within_user_auc
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
+from train.baselines import SET_SIZE, Baseline, Known, baselines, judged
 
-OURS, RANDOM = "negrec", "random"
-TIMES_DISLIKED, ITEM_RATE, ITEM_USER_RATE = "times disliked", "item rate", "item + user rate"
-_PREDICTED = 20
+OURS = "negrec"
 _LONG_TAIL_USER = 3
 _LONG_TAIL_ITEM = 5
 
@@ -107,20 +107,18 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
     leaf_of_item = dict(zip(ids.items, trie.find(ids.codes).tolist(), strict=True))
     predicted, illegal = load_predictions(store, ds, trie)
 
-    rng = np.random.default_rng(seed)
-    features = exposure_features(snapshot, exposures)
-    scores = {OURS: snapshot.score.score(features), RANDOM: rng.random(len(exposures))}
-    scores |= rule_scores(past, exposures, config.calibration.rate_pseudo_events)
-    rankings = rule_rankings(past, leaf_of_item, trie.n_ids, config.calibration.rate_pseudo_events)
+    items = load_items(store, ds).select(["item_id", "category"]).to_pandas()
+    graph = store.read("item_graph", ["item_id", "neighbor_id", "score"], days=[ds]).to_pandas()
+    category = items.set_index("item_id")["category"]
+    pseudo = config.calibration.rate_pseudo_events
+    known = Known(past, category, graph, leaf_of_item, trie.n_ids, pseudo)
     users = sorted(future["user_id"].unique())
-    sets = {
-        OURS: predicted,
-        RANDOM: {u: rng.choice(trie.n_ids, min(_PREDICTED, trie.n_ids), False) for u in users},
-        **{name: dict.fromkeys(users, top) for name, top in rankings.items()},
-    }
-    hits = {name: hit_table(past, future, sets[name], leaf_of_item) for name in scores}
+    features = exposure_features(snapshot, exposures)
+    methods = {OURS: Baseline(snapshot.score.score(features), predicted)}
+    methods |= baselines(known, exposures, users, seed)
+    hits = {name: hit_table(past, future, method.sets, leaf_of_item) for name, method in methods.items()}
     disliked = exposures["disliked"].to_numpy()
-    over = scores[OURS] >= snapshot.score.threshold
+    over = methods[OURS].scores >= snapshot.score.threshold
     return Evaluation(
         ds=ds,
         seed=seed,
@@ -129,7 +127,7 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
         likes=int((~disliked).sum()),
         listed=len(snapshot.users),
         illegal=illegal,
-        rows=[_row(name, scores[name], exposures, hits[name], seed) for name in scores],
+        rows=[_row(name, method.scores, exposures, hits[name], seed) for name, method in methods.items()],
         without={
             name: Ranking.of(snapshot.score.score(_flattened(features, n)), disliked).blocked_at(0.01)
             for n, name in enumerate(FEATURES)
@@ -162,50 +160,12 @@ def split_feedback(store: DeltaStore, config: Config, ds: str) -> tuple[pd.DataF
     return past, future
 
 
-def judged(future: pd.DataFrame) -> pd.DataFrame:
-    """One row per (user, item) shown and judged: user_id, item_id, disliked, user (integer code).
-
-    An item both disliked and liked counts as disliked.
-    """
-    rows = future.groupby(["user_id", "item_id"], sort=True)["polarity"].min().reset_index()
-    rows["disliked"] = rows["polarity"] == -1
-    rows["user"] = pd.factorize(rows["user_id"])[0]
-    return rows
-
-
 def exposure_features(snapshot: Snapshot, exposures: pd.DataFrame) -> np.ndarray:
     """Block-score features [n, F] of the exposures, as the ranking service computes them."""
     out = np.zeros((len(exposures), len(FEATURES)))
     for user, rows in exposures.groupby("user_id", sort=False).indices.items():
         out[rows] = snapshot.features(str(user), exposures["item_id"].to_numpy()[rows].tolist())
     return out
-
-
-def rule_scores(past: pd.DataFrame, exposures: pd.DataFrame, pseudo: float) -> dict[str, np.ndarray]:
-    """Scores of the exposures by the rules that a team would otherwise use."""
-    items, users, prior = _rates(past, pseudo)
-    item_odds = exposures["item_id"].map(items["log_odds"]).fillna(prior).to_numpy()
-    user_odds = exposures["user_id"].map(users["log_odds"]).fillna(prior).to_numpy()
-    times = exposures["item_id"].map(items["negatives"]).fillna(0).to_numpy()
-    return {TIMES_DISLIKED: times, ITEM_RATE: item_odds, ITEM_USER_RATE: item_odds + user_odds}
-
-
-def rule_rankings(
-    past: pd.DataFrame, leaf_of_item: dict[str, int], n_ids: int, pseudo: float
-) -> dict[str, np.ndarray]:
-    """The 20 IDs each rule predicts; the user's rate moves no item before another."""
-    items, _, _ = _rates(past, pseudo)
-    leaf = items.index.map(leaf_of_item)
-    known = items[leaf.notna()].assign(leaf=leaf[leaf.notna()].astype(int))
-    by_id = known.groupby("leaf")[["negatives", "positives"]].sum()
-    prior = by_id["negatives"].sum() / max(1, by_id.to_numpy().sum())
-    odds = pd.Series(
-        smoothed_log_odds(by_id["negatives"].to_numpy(), by_id["positives"].to_numpy(), prior, pseudo),
-        by_id.index,
-    )
-    by_rate = odds.sort_values(ascending=False, kind="stable").index[:_PREDICTED].to_numpy()
-    by_count = by_id["negatives"].sort_values(ascending=False, kind="stable").index[:_PREDICTED]
-    return {TIMES_DISLIKED: by_count.to_numpy(), ITEM_RATE: by_rate, ITEM_USER_RATE: by_rate}
 
 
 def load_predictions(store: DeltaStore, ds: str, trie: Trie) -> tuple[dict[str, np.ndarray], int]:
@@ -216,7 +176,7 @@ def load_predictions(store: DeltaStore, ds: str, trie: Trie) -> tuple[dict[str, 
     inside = (codes < np.array(trie.code_counts)).all(1)
     leaf = np.where(inside, trie.find(np.where(inside[:, None], codes, 0)), -1)
     groups = pd.Series(leaf).groupby(rows["user_id"].to_numpy(zero_copy_only=False)).indices
-    sets = {str(user): leaf[at][:_PREDICTED] for user, at in groups.items()}
+    sets = {str(user): leaf[at][:SET_SIZE] for user, at in groups.items()}
     return sets, int((leaf < 0).sum())
 
 
@@ -243,21 +203,6 @@ def hit_table(
         short = by_user.get(user, 0) < _LONG_TAIL_USER
         rows.append((user, (hit & first).any(), hit.any(), short, rare.any(), (hit & rare).any()))
     return pd.DataFrame(rows, columns=["user_id", "hr", "fhr", "short", "tail", "lif"])
-
-
-def _rates(past: pd.DataFrame, pseudo: float) -> tuple[pd.DataFrame, pd.DataFrame, float]:
-    """Counts and smoothed log odds of items and of users, and the prior's log odds."""
-    negative = past["polarity"] == -1
-    share = float(negative.mean())
-    tables = []
-    for key in ("item_id", "user_id"):
-        counts = past.assign(negative=negative).groupby(key)["negative"].agg(["sum", "size"])
-        table = pd.DataFrame({"negatives": counts["sum"], "positives": counts["size"] - counts["sum"]})
-        table["log_odds"] = smoothed_log_odds(
-            table["negatives"].to_numpy(), table["positives"].to_numpy(), share, pseudo
-        )
-        tables.append(table)
-    return tables[0], tables[1], float(np.log(share / (1 - share)))
 
 
 def _flattened(features: np.ndarray, column: int) -> np.ndarray:

@@ -77,7 +77,10 @@ class PromptText(_Preset):
 
 def load_preset(name: str) -> ScratchPreset | PretrainedPreset | GgufPackagePreset:
     """Read conf/models/<name>.yaml."""
-    path = resource("conf", "models", f"{name}.yaml")
+    try:
+        path = resource("conf", "models", f"{name}.yaml")
+    except MissingError as error:
+        raise ConfigError(f"generator.preset: {error}") from None
     try:
         return TypeAdapter(Preset).validate_python(read_yaml(path))
     except ValidationError as error:

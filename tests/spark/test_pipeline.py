@@ -3,6 +3,8 @@
 import datetime as dt
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyspark
 import pytest
 from pyspark.sql import SparkSession
 from typer.testing import CliRunner
 from warehouses import save_codebook, small_codebook
 
+import jobs.daily
 import jobs.negative_item_set
 from jobs.block_list import load_catalogue
 from jobs.cli import app
@@ -261,6 +265,25 @@ def test_force_makes_a_second_revision_of_the_same_rows(fork: Site) -> None:
     assert warehouse.store.revision("block_list", DS) == 1
 
 
+def test_spark_submit_makes_the_list_of_the_next_day(fork: Site) -> None:
+    submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
+    job = Path(jobs.daily.__file__)
+    options = ["--ds", NEXT_DAY, "--config", "demo", "--warehouse", str(fork.root)]
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    done = subprocess.run(
+        [str(submit), "--master", "local[1]", str(job), *options, *settings],
+        env={**os.environ, "PYSPARK_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    store = fork.open().store
+    listed = {row["user_id"] for row in rows_of(store, "block_list", NEXT_DAY)}
+    assert listed == {row["user_id"] for row in rows_of(store, "user_context", NEXT_DAY)}
+    assert listed
+
+
 def test_evaluation_judges_the_list_by_the_week_after(site: Site) -> None:
     figures = evaluate(site.root, site.config, DS, seed=SEED)
     assert figures.illegal == 0
@@ -297,7 +320,7 @@ def test_commands_show_the_site(site: Site, monkeypatch: pytest.MonkeyPatch, tmp
     assert item in shown("filter", entry["user_id"], item, "no such item")
     assert "nothing to do" in shown("run", "--ds", DS)
     out = tmp_path / "figures.json"
-    assert "against the best rule" in shown("evaluate", "--ds", DS, "--out", str(out))
+    assert "blocked at 1 %: negrec has" in shown("evaluate", "--ds", DS, "--out", str(out))
     assert '"illegal": 0' in out.read_text()
 
 

@@ -13,15 +13,7 @@ from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
 from negrec_core.schemas import TABLES
 from negrec_core.trie import Trie
-from train.evaluate import (
-    evaluate,
-    hit_table,
-    judged,
-    load_predictions,
-    rule_rankings,
-    rule_scores,
-    split_feedback,
-)
+from train.evaluate import evaluate, hit_table, load_predictions, split_feedback
 
 DAY = dt.date.fromisoformat(DS)
 CONFIG = load_config([], [], {})
@@ -105,17 +97,6 @@ def frame(*events):
     return pd.DataFrame([event(*row) for row in events])
 
 
-def test_an_item_both_disliked_and_liked_counts_once_as_disliked():
-    rows = judged(
-        frame(("u", "x", at(1), 1), ("u", "x", at(2), -1), ("u", "y", at(1), 1), ("v", "x", at(1), 1))
-    )
-    assert rows[["user_id", "item_id", "disliked", "user"]].to_numpy().tolist() == [
-        ["u", "x", True, 0],
-        ["u", "y", False, 0],
-        ["v", "x", False, 1],
-    ]
-
-
 PAST = (
     ("u", "x", at(-1), -1),
     ("v", "x", at(-1), -1),
@@ -123,42 +104,6 @@ PAST = (
     ("w", "y", at(-1), -1),
     ("w", "z", at(-1), 1),
 )
-
-
-def test_rule_scores_are_smoothed_log_odds():
-    exposures = judged(frame(("u", "x", at(1)), ("u", "new", at(1)), ("new", "y", at(1))))
-    found = rule_scores(frame(*PAST), exposures, pseudo=5)
-    prior = np.log(3 / 2)
-    of = {
-        "x": np.log((2 + 5 * 0.6) / (0 + 5 * 0.4)),
-        "y": np.log((1 + 5 * 0.6) / (1 + 5 * 0.4)),
-        "u": np.log((1 + 5 * 0.6) / (0 + 5 * 0.4)),
-    }
-    order = list(zip(exposures["user_id"], exposures["item_id"], strict=True))
-    assert order == [("new", "y"), ("u", "new"), ("u", "x")]
-    assert found["times disliked"].tolist() == [1, 0, 2]
-    np.testing.assert_allclose(found["item rate"], [of["y"], prior, of["x"]])
-    np.testing.assert_allclose(
-        found["item + user rate"], [of["y"] + prior, prior + of["u"], of["x"] + of["u"]]
-    )
-
-
-def test_rule_rankings_count_by_id_and_leave_out_items_without_one():
-    # x and y share an ID: 3 dislikes, 1 like; z has its own.
-    found = rule_rankings(frame(*PAST, ("u", "lost", at(-1), -1)), {"x": 4, "y": 4, "z": 2}, 6, 5)
-    assert {name: ranking.tolist() for name, ranking in found.items()} == {
-        "times disliked": [4, 2],
-        "item rate": [4, 2],
-        "item + user rate": [4, 2],
-    }
-
-
-def test_a_rate_of_few_events_stands_behind_one_of_many():
-    rows = [("u", "once", at(-1), -1)]
-    rows += [(f"u{n}", "often", at(-1), -1) for n in range(30)]
-    rows += [(f"v{n}", "liked", at(-1), 1) for n in range(30)]
-    found = rule_rankings(frame(*rows), {"once": 0, "often": 1, "liked": 2}, 3, 5)
-    assert found["item rate"].tolist() == [1, 0, 2]
 
 
 def test_hit_table_by_hand():

@@ -189,7 +189,7 @@ def test_a_prompt_too_short_for_one_event_is_refused():
 
 
 def test_an_unknown_preset_is_one_line_with_the_known_ones():
-    with pytest.raises(MissingError, match=r"no such.yaml .* tiny.yaml") as raised:
+    with pytest.raises(ConfigError, match=r"no such.yaml .* tiny.yaml") as raised:
         build_model("no such", load_prompt_text("next_negative"), small_codebook(), 64, seed=1)
     assert "\n" not in str(raised.value)
 

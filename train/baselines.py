@@ -1,0 +1,238 @@
+"""What a team would use instead of negrec, given the same events (DESIGN section 8).
+
+Every baseline scores the exposures that are judged, and predicts a set of semantic IDs for each user.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.ensemble import HistGradientBoostingClassifier
+
+from negrec_core.block_score import smoothed_log_odds
+
+RANDOM, TIMES_DISLIKED, ITEM_RATE, ITEM_USER_RATE, CATEGORY, SWING, CLASSIFIER = (
+    "random",
+    "times disliked",
+    "item rate",
+    "item + user rate",
+    "category rule",
+    "Swing neighbours",
+    "boosted classifier",
+)
+SET_SIZE = 20
+# The classifier ranks this many of the most disliked items for each user; all would take hours.
+_CANDIDATES = 100
+_USERS_AT_ONCE = 2000
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Scores [n] of the exposures, higher for likelier dislikes, and user -> up to 20 leaves."""
+
+    scores: np.ndarray
+    sets: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was known before the anchors.
+
+    Attributes:
+        past: feedback (user_id, item_id, event_time, polarity), dislikes and likes.
+        category: item -> category path.
+        graph: rows of `item_graph` (item_id, neighbor_id, score).
+        leaf: item -> its leaf in the trie of semantic IDs.
+        n_ids: number of leaves.
+        pseudo: pseudo-events that rates are smoothed by.
+    """
+
+    past: pd.DataFrame
+    category: pd.Series
+    graph: pd.DataFrame
+    leaf: dict[str, int]
+    n_ids: int
+    pseudo: float
+
+
+def judged(feedback: pd.DataFrame) -> pd.DataFrame:
+    """One row per (user, item) shown and judged: user_id, item_id, disliked, user (integer code).
+
+    An item both disliked and liked counts as disliked.
+    """
+    rows = feedback.groupby(["user_id", "item_id"], sort=True)["polarity"].min().reset_index()
+    rows["disliked"] = rows["polarity"] == -1
+    rows["user"] = pd.factorize(rows["user_id"])[0]
+    return rows
+
+
+def baselines(known: Known, exposures: pd.DataFrame, users: list[str], seed: int) -> dict[str, Baseline]:
+    """All baselines, by name.
+
+    Args:
+        known: what they may use.
+        exposures: of `judged`, what they score.
+        users: whom they predict sets for.
+        seed: of the random one and of the classifier.
+    """
+    rng = np.random.default_rng(seed)
+    rates = features(known.past, known.category, exposures, known.pseudo)
+    items = _counts(known.past, ["item_id"])
+    by_count = items["negatives"].sort_values(ascending=False, kind="stable")
+    by_rate = _item_odds_by_id(known)
+    found = {
+        RANDOM: Baseline(
+            rng.random(len(exposures)),
+            {u: rng.choice(known.n_ids, min(SET_SIZE, known.n_ids), replace=False) for u in users},
+        ),
+        TIMES_DISLIKED: Baseline(
+            exposures["item_id"].map(by_count).fillna(0).to_numpy(float),
+            dict.fromkeys(users, _leaves(by_count.index, known.leaf)),
+        ),
+        # The user's rate moves no item before another.
+        ITEM_RATE: Baseline(rates["item"].to_numpy(), dict.fromkeys(users, by_rate)),
+        ITEM_USER_RATE: Baseline((rates["item"] + rates["user"]).to_numpy(), dict.fromkeys(users, by_rate)),
+    }
+    if known.category.nunique() > 1:
+        found[CATEGORY] = Baseline(rates["user_category"].to_numpy(), _category_sets(known, by_count, users))
+    found[SWING] = _swing(known, exposures, users)
+    classify = fit_classifier(known, seed)
+    if classify:
+        found[CLASSIFIER] = Baseline(classify(exposures), _ranked_sets(known, by_count, users, classify))
+    return found
+
+
+def features(history: pd.DataFrame, category: pd.Series, pairs: pd.DataFrame, pseudo: float) -> pd.DataFrame:
+    """Smoothed log odds of dislike in `history`, for (user_id, item_id) `pairs`.
+
+    Columns: item, user, category, user_category, and the counts n_item and n_user of dislikes.
+    """
+    rows = history.assign(category=history["item_id"].map(category))
+    asked = pairs[["user_id", "item_id"]].assign(category=pairs["item_id"].map(category))
+    share = _dislike_share(history)
+    out = pd.DataFrame(index=pairs.index)
+    for name, keys in {
+        "item": ["item_id"],
+        "user": ["user_id"],
+        "category": ["category"],
+        "user_category": ["user_id", "category"],
+    }.items():
+        counts = _counts(rows, keys)
+        found = asked[keys].merge(counts, how="left", left_on=keys, right_index=True).fillna(0)
+        out[name] = smoothed_log_odds(
+            found["negatives"].to_numpy(), found["positives"].to_numpy(), share, pseudo
+        )
+        if len(keys) == 1 and name != "category":
+            out[f"n_{name}"] = found["negatives"].to_numpy()
+    return out
+
+
+def fit_classifier(known: Known, seed: int) -> Callable[[pd.DataFrame], np.ndarray] | None:
+    """Gradient-boosted trees that tell dislikes from likes by `features`; scores pairs.
+
+    It learns the last third of each user's past from everybody's first two thirds, and then scores by
+    the whole past. None where there is nothing to tell apart.
+    """
+    past = known.past.sort_values("event_time", kind="stable")
+    place = past.groupby("user_id").cumcount() / past.groupby("user_id")["item_id"].transform("size")
+    late = judged(past[place >= 2 / 3])
+    if late["disliked"].nunique() < 2:
+        return None
+    early = features(past[place < 2 / 3], known.category, late, known.pseudo)
+    model = HistGradientBoostingClassifier(random_state=seed).fit(early, late["disliked"])
+
+    def classify(pairs: pd.DataFrame) -> np.ndarray:
+        known_now = features(known.past, known.category, pairs, known.pseudo)
+        return np.asarray(model.predict_proba(known_now)[:, 1])
+
+    return classify
+
+
+def _dislike_share(rows: pd.DataFrame) -> float:
+    """Share of dislikes; inside 0 and 1, so that its log odds are finite."""
+    return float(np.clip((rows["polarity"] == -1).mean(), 1e-3, 1 - 1e-3)) if len(rows) else 0.5
+
+
+def _counts(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Dislikes (negatives) and likes (positives) per key."""
+    counts = rows.assign(negative=rows["polarity"] == -1).groupby(keys)["negative"].agg(["sum", "size"])
+    return pd.DataFrame({"negatives": counts["sum"], "positives": counts["size"] - counts["sum"]})
+
+
+def _leaves(items: pd.Index, leaf: dict[str, int]) -> np.ndarray:
+    """The first 20 distinct leaves of items in order; items without a semantic ID are left out."""
+    distinct = dict.fromkeys(leaf[item] for item in items if item in leaf)
+    return np.array(list(distinct)[:SET_SIZE], np.int64)
+
+
+def _item_odds_by_id(known: Known) -> np.ndarray:
+    """The 20 IDs with the highest smoothed rate; items that share an ID are counted together."""
+    rows = known.past.assign(leaf=known.past["item_id"].map(known.leaf)).dropna(subset=["leaf"])
+    counts = _counts(rows, ["leaf"])
+    share = _dislike_share(rows)
+    odds = smoothed_log_odds(
+        counts["negatives"].to_numpy(), counts["positives"].to_numpy(), share, known.pseudo
+    )
+    best = np.argsort(-odds, kind="stable")[:SET_SIZE]
+    return counts.index.to_numpy()[best].astype(np.int64)
+
+
+def _category_sets(known: Known, by_count: pd.Series, users: list[str]) -> dict[str, np.ndarray]:
+    """The most disliked items of the category each user disliked most; of all, without one."""
+    disliked = known.past[known.past["polarity"] == -1]
+    counts = disliked.assign(category=disliked["item_id"].map(known.category))
+    sizes = counts.groupby(["user_id", "category"]).size().sort_values(ascending=False, kind="stable")
+    worst = sizes.reset_index().drop_duplicates("user_id").set_index("user_id")["category"]
+    of = pd.Series(by_count.index, by_count.index).map(known.category)
+    tops = {name: _leaves(of.index[of == name], known.leaf) for name in worst.unique()}
+    everything = _leaves(by_count.index, known.leaf)
+    return {user: tops[worst[user]] if user in worst else everything for user in users}
+
+
+def _swing(known: Known, exposures: pd.DataFrame, users: list[str]) -> Baseline:
+    """Sum of the Swing scores from the user's past dislikes to the item."""
+    items = pd.Index(pd.concat([known.past["item_id"], known.graph["neighbor_id"]]).unique())
+    who = pd.Index(pd.concat([exposures["user_id"], pd.Series(users)]).unique())
+
+    def place(index: pd.Index, values: pd.Series) -> np.ndarray:
+        return index.get_indexer(pd.Index(values))
+
+    edges = known.graph[known.graph["item_id"].isin(items)]
+    links = (place(items, edges["item_id"]), place(items, edges["neighbor_id"]))
+    graph = sparse.csr_matrix((edges["score"], links), (len(items), len(items)))
+    disliked = known.past[known.past["polarity"] == -1].drop_duplicates(["user_id", "item_id"])
+    disliked = disliked[disliked["user_id"].isin(who)]
+    at = (place(who, disliked["user_id"]), place(items, disliked["item_id"]))
+    dislikes = sparse.csr_matrix((np.ones(len(disliked)), at), (len(who), len(items)))
+    row, column = place(who, exposures["user_id"]), place(items, exposures["item_id"])
+    scores, sets = np.zeros(len(exposures)), {}
+    for first in range(0, len(who), _USERS_AT_ONCE):
+        block = (dislikes[first : first + _USERS_AT_ONCE] @ graph).tocsr()
+        here = np.flatnonzero((row >= first) & (row < first + _USERS_AT_ONCE) & (column >= 0))
+        scores[here] = np.asarray(block[row[here] - first, column[here]]).ravel()
+        for n, user in enumerate(who[first : first + _USERS_AT_ONCE]):
+            span = slice(block.indptr[n], block.indptr[n + 1])
+            best = np.argsort(-block.data[span], kind="stable")
+            sets[user] = _leaves(items[block.indices[span][best]], known.leaf)
+    return Baseline(scores, {user: sets[user] for user in users})
+
+
+def _ranked_sets(
+    known: Known, by_count: pd.Series, users: list[str], classify: Callable[[pd.DataFrame], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The 20 of the most disliked items that a classifier ranks first for each user."""
+    candidates = pd.Index([item for item in by_count.index if item in known.leaf][:_CANDIDATES])
+
+    def blocks() -> Iterator[tuple[str, np.ndarray]]:
+        for first in range(0, len(users), _USERS_AT_ONCE):
+            some = users[first : first + _USERS_AT_ONCE]
+            pairs = pd.DataFrame(
+                {"user_id": np.repeat(some, len(candidates)), "item_id": np.tile(candidates, len(some))}
+            )
+            for user, scores in zip(some, classify(pairs).reshape(len(some), -1), strict=True):
+                best = np.argsort(-scores, kind="stable")
+                yield user, _leaves(candidates[best], known.leaf)
+
+    return dict(blocks())
