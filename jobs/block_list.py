@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.context import JobContext, run_sql
-from negrec_core.block_score import BlockScore, features
+from negrec_core.block_score import BlockScore, Items, features
 from negrec_core.blocklist import load_block_score
 from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import GateError
 from negrec_core.generator import CODEBOOK, open_codebook
+from negrec_core.items import load_categories
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
 
@@ -35,16 +36,18 @@ class Catalogue:
     Attributes:
         codebook: quantiser of the IDs.
         trie: legal IDs.
-        index: item -> row of `unit`.
-        unit: unit embeddings of the items' IDs, float32 [n, dim].
+        index: item -> row of `items`.
+        items: the items that have an ID.
         log_odds: mean log odds of the items under each leaf of the trie, float64 [leaves].
+        categories: those of the first item under each leaf, int32 [leaves, 2].
     """
 
     codebook: Codebook
     trie: Trie
     index: dict[str, int]
-    unit: np.ndarray
+    items: Items
     log_odds: np.ndarray
+    categories: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class BlockListTask:
     codebook_version: str
     ids_version: int
     rates_version: int
+    items_version: int
     score: BlockScore
 
 
@@ -105,7 +109,11 @@ def load_catalogue(task: BlockListTask) -> Catalogue:
     leaf = trie.find(ids.codes)
     per_leaf = np.bincount(leaf, minlength=trie.n_ids)
     log_odds = np.bincount(leaf, weights=item_log_odds, minlength=trie.n_ids) / per_leaf
-    return Catalogue(codebook, trie, ids.index, codebook.unit(ids.codes), log_odds)
+    categories = load_categories(store, task.ds, ids.items, task.items_version)
+    # Leaves are numbered without gaps, so the distinct ones are all of them in order.
+    first = np.unique(leaf, return_index=True)[1]
+    items = Items(codebook.unit(ids.codes), categories)
+    return Catalogue(codebook, trie, ids.index, items, log_odds, categories[first])
 
 
 def _entries(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> Iterator[dict[str, Any]]:
@@ -122,15 +130,25 @@ def _entries(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> It
         [event for event in row[column] if event["item_id"] in catalogue.index]
         for column in ("negatives", "positives")
     )
-    disliked_unit, liked_unit = (
-        catalogue.unit[[catalogue.index[event["item_id"]] for event in events]]
+    disliked_items, liked_items = (
+        catalogue.items.take([catalogue.index[event["item_id"]] for event in events])
         for events in (disliked, liked)
     )
     user = score.user_log_odds(np.array(row["n_negatives"]), np.array(row["n_positives"]))
     scores = score.score(
-        features(unit, unit, log_probs, disliked_unit, liked_unit, catalogue.log_odds[leaf], float(user))
+        features(
+            Items(unit, catalogue.categories[leaf]),
+            unit,
+            log_probs,
+            disliked_items,
+            liked_items,
+            catalogue.log_odds[leaf],
+            float(user),
+            score.prior_log_odds,
+            score.pseudo_events,
+        )
     )
-    cosine = unit @ disliked_unit.T
+    cosine = unit @ disliked_items.unit.T
     for at, entry in enumerate(row["entries"]):
         nearest = int(cosine[at].argmax()) if disliked else None
         yield {
@@ -152,7 +170,7 @@ def run(ctx: JobContext) -> None:
         ctx.require(table, [ctx.ds])
     predicted = ctx.read("negative_item_set", [ctx.ds])
     contexts = ctx.read("user_context", [ctx.ds])
-    versions = ctx.pin("item_semantic_id", "item_rate", "block_score")
+    versions = ctx.pin("item_semantic_id", "item_rate", "item", "block_score")
     score, models = load_block_score(ctx.store, ctx.ds, versions["block_score"])
     ctx.use_model(CODEBOOK, models[CODEBOOK])
     task = BlockListTask(
@@ -162,6 +180,7 @@ def run(ctx: JobContext) -> None:
         models[CODEBOOK],
         versions["item_semantic_id"],
         versions["item_rate"],
+        versions["item"],
         score,
     )
     users = run_sql(ctx.spark, "block_list", {"predicted": predicted, "contexts": contexts})

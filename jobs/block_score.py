@@ -20,6 +20,7 @@ from jobs.user_context import user_context
 from negrec_core.block_score import (
     FEATURES,
     BlockScore,
+    Items,
     curve,
     features,
     sigmoid,
@@ -30,6 +31,7 @@ from negrec_core.codebook import Codebook
 from negrec_core.config import CalibrationConfig
 from negrec_core.errors import InputError
 from negrec_core.generator import CODEBOOK, GENERATOR, Generator, open_generator
+from negrec_core.items import load_categories
 from negrec_core.schemas import BLOCK_SCORE
 from negrec_core.semantic_ids import SemanticIds, load_semantic_ids
 
@@ -98,7 +100,10 @@ def collect_calibration(ctx: JobContext, feedback: "DataFrame", generator: Gener
     task = generation_task(ctx.store, generator, ctx.ds, ctx.config.generation)
     held_back = _held_back(ctx, feedback, task)
     ids = load_semantic_ids(ctx.store, task.codebook_version, ctx.ds, task.ids_version)
-    return _features_of(held_back, ids, generator.codebook, ctx.config.calibration.rate_pseudo_events)
+    categories = load_categories(ctx.store, ctx.ds, ids.items, ctx.pin("item")["item"])
+    items = Items(generator.codebook.unit(ids.codes), categories)
+    pseudo_events = ctx.config.calibration.rate_pseudo_events
+    return _features_of(held_back, ids, items, generator.codebook, pseudo_events)
 
 
 def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> HeldBack:
@@ -135,11 +140,10 @@ def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> 
 
 
 def _features_of(
-    held_back: HeldBack, ids: SemanticIds, codebook: Codebook, pseudo_events: float
+    held_back: HeldBack, ids: SemanticIds, items: Items, codebook: Codebook, pseudo_events: float
 ) -> Calibration:
     """Features of every label as the ranking service would compute them; ordered by user and item."""
-    # The last row is that of items without an ID.
-    unit = np.vstack([codebook.unit(ids.codes), np.zeros((1, codebook.dim), np.float32)])
+    catalogue = items.with_unknown()
     prior = held_back.prior_log_odds
     item_log_odds = dict(
         zip(*(held_back.rates[name].to_pylist() for name in ("item_id", "log_odds")), strict=True)
@@ -152,27 +156,29 @@ def _features_of(
     contexts = {row["user_id"]: row for row in held_back.contexts.to_pylist()}
     nothing = {"negatives": [], "positives": [], "n_negatives": 0, "n_positives": 0}
     labels = held_back.labels.sort_by([("user_id", "ascending"), ("item_id", "ascending")])
-    items = labels["item_id"].to_pylist()
-    out = np.zeros((len(items), len(FEATURES)))
+    judged = labels["item_id"].to_pylist()
+    out = np.zeros((len(judged), len(FEATURES)))
     spans = _by_user(labels)
     for user, span in spans.items():
         own = entries.get(user, slice(0, 0))
         context = contexts.get(user, nothing)
         disliked, liked = (
-            unit[[ids.index[item] for item in context[column] if item in ids.index]]
+            catalogue.take([ids.index[item] for item in context[column] if item in ids.index])
             for column in ("negatives", "positives")
         )
         user_log_odds = smoothed_log_odds(
             context["n_negatives"], context["n_positives"], sigmoid(prior), pseudo_events
         )
         out[span] = features(
-            unit[[ids.index.get(item, -1) for item in items[span]]],
+            catalogue.take([ids.index.get(item, -1) for item in judged[span]]),
             entry_unit[own],
             log_probs[own],
             disliked,
             liked,
-            np.array([item_log_odds.get(item, prior) for item in items[span]]),
+            np.array([item_log_odds.get(item, prior) for item in judged[span]]),
             float(user_log_odds),
+            prior,
+            pseudo_events,
         )
     return Calibration(out, labels["polarity"].to_numpy() == -1, len(spans), prior)
 

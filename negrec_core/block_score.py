@@ -3,8 +3,8 @@
 A logistic model of a few figures that the ranking service can compute from published tables: how
 near the item's semantic ID is to the user's predicted ones, weighed by the generator's
 probabilities or not, how near it is to what the user disliked and liked before, and the smoothed
-dislike rates of the item and of the user. One definition serves calibration, the published entries
-and the reader.
+dislike rates of the item, of the user, and of the user within the item's category. One definition
+serves calibration, the published entries and the reader.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,35 @@ FEATURES = (
     "near_likes",
     "item_log_odds",
     "user_log_odds",
+    "category_log_odds",
+    "top_category_log_odds",
 )
 KERNEL = 5.0  # how fast a past item counts less with distance
 FLOOR = 0.1  # what stands for a user without a past; it also damps the first past items
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items as the score sees them.
+
+    Attributes:
+        unit: unit embeddings of their semantic IDs, [n, dim]; a zero row stands for one without.
+        categories: numbers of their category and top category, int32 [n, 2]; -1: none.
+    """
+
+    unit: np.ndarray
+    categories: np.ndarray
+
+    def take(self, rows: np.ndarray | list[int]) -> "Items":
+        """The items of some rows."""
+        return Items(self.unit[rows], self.categories[rows])
+
+    def with_unknown(self) -> "Items":
+        """The same and a last one, row -1, that stands for items of which nothing is known."""
+        return Items(
+            np.vstack([self.unit, np.zeros((1, self.unit.shape[1]), self.unit.dtype)]),
+            np.vstack([self.categories, np.full((1, self.categories.shape[1]), -1, np.int32)]),
+        )
 
 
 @dataclass(frozen=True)
@@ -60,41 +86,56 @@ class BlockScore:
 
 
 def features(
-    candidates: np.ndarray,
+    candidates: Items,
     entries: np.ndarray,
     log_probs: np.ndarray,
-    disliked: np.ndarray,
-    liked: np.ndarray,
+    disliked: Items,
+    liked: Items,
     item_log_odds: np.ndarray,
     user_log_odds: float,
+    prior_log_odds: float,
+    pseudo_events: float,
 ) -> np.ndarray:
     """Features of candidate items for one user.
 
     Args:
-        candidates: unit embeddings of the candidates' semantic IDs, [n, dim]; a zero row stands for
-            an item without one.
+        candidates: n items.
         entries: unit embeddings of the user's predicted IDs, [m, dim]; m may be 0.
         log_probs: the generator's log-probabilities of the entries, finite, [m].
-        disliked: unit embeddings of the IDs of the user's past dislikes, [d, dim]; d may be 0. They
-            and the likes are those listed in `user_context` that have an ID, as often as listed.
-        liked: the same of the past likes, [l, dim].
+        disliked: the user's past dislikes; there may be none. They and the likes are those listed in
+            `user_context` that have an ID, as often as listed.
+        liked: the past likes.
         item_log_odds: of the candidates, [n].
         user_log_odds: of the user.
+        prior_log_odds: of dislike against like over all feedback.
+        pseudo_events: how many events' worth of prior the log odds within a category hold.
 
     Returns:
         float64 [n, F], columns in the order of `FEATURES`.
     """
-    out = np.zeros((len(candidates), len(FEATURES)))
+    out = np.zeros((len(candidates.unit), len(FEATURES)))
     if len(entries):
-        cosine = entries @ candidates.T
+        cosine = entries @ candidates.unit.T
         weight = np.exp(log_probs - log_probs.max())
         out[:, 0] = cosine.max(axis=0)
         out[:, 1] = (weight / weight.sum()) @ cosine
-    out[:, 2] = near(candidates, disliked)
-    out[:, 3] = near(candidates, liked)
+    out[:, 2] = near(candidates.unit, disliked.unit)
+    out[:, 3] = near(candidates.unit, liked.unit)
     out[:, 4] = item_log_odds
     out[:, 5] = user_log_odds
+    out[:, 6:] = smoothed_log_odds(
+        _of_same_category(candidates, disliked),
+        _of_same_category(candidates, liked),
+        sigmoid(prior_log_odds),
+        pseudo_events,
+    )
     return out
+
+
+def _of_same_category(candidates: Items, past: Items) -> np.ndarray:
+    """How many past items have the category of each candidate, and its top category: [n, 2]."""
+    here = candidates.categories[:, None]
+    return ((here == past.categories) & (here >= 0)).sum(axis=1)
 
 
 def near(candidates: np.ndarray, past: np.ndarray) -> np.ndarray:

@@ -158,7 +158,7 @@ class BlockList:
         listed = span.stop > span.start
         rank = because = reason = None
         if listed:
-            unit = snapshot.item_unit[snapshot.items.get(item_id, -1)]
+            unit = snapshot.catalogue.unit[snapshot.items.get(item_id, -1)]
             cosine = snapshot.sid_unit[snapshot.entries[span]] @ unit
             nearest = span.start + int(cosine.argmax())
             rank = int(snapshot.ranks[nearest])

@@ -1,21 +1,53 @@
 """Reading `item`: the catalogue as of a log date, and the text that stands for an item."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 
 from negrec_core.delta import DeltaStore
 
 
-def load_items(store: DeltaStore, ds: str, version: int | None = None) -> pa.Table:
-    """The newest version of every item known on `ds`, in order of item id."""
+def load_items(
+    store: DeltaStore, ds: str, version: int | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """The newest version of every item known on `ds`, in order of item id.
+
+    Args:
+        store: the Delta tables.
+        ds: log date.
+        version: Delta version of `item`; absent: the newest.
+        columns: besides `item_id` and `ds`; absent: all.
+    """
     handle = store.handle("item", version)
     days = sorted({part["ds"] for part in handle.partitions() if part["ds"] <= ds})
-    rows = store.read("item", days=days, version=handle.version())
+    wanted = None if columns is None else ["item_id", "ds", *columns]
+    rows = store.read("item", wanted, days=days, version=handle.version())
     rows = rows.sort_by([("item_id", "ascending"), ("ds", "descending")])
     ids = rows["item_id"].to_numpy(zero_copy_only=False)
     newest = np.ones(len(ids), bool)
     newest[1:] = ids[1:] != ids[:-1]
     return rows.filter(pa.array(newest))
+
+
+def load_categories(
+    store: DeltaStore, ds: str, item_ids: Sequence[str], version: int | None = None
+) -> np.ndarray:
+    """Numbers of the items' category and top category, int32 [n, 2]; -1 where there is none.
+
+    The top category is the part of the path before the first slash. Numbers mean nothing beyond
+    one call.
+    """
+    rows = load_items(store, ds, version, ["category"])
+    paths = dict(zip(rows["item_id"].to_pylist(), rows["category"].to_pylist(), strict=True))
+    numbers: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    out = np.full((len(item_ids), len(numbers)), -1, np.int32)
+    for row, item in enumerate(item_ids):
+        path = paths.get(item)
+        if path:
+            for level, name in enumerate((path, path.split("/")[0])):
+                out[row, level] = numbers[level].setdefault(name, len(numbers[level]))
+    return out
 
 
 def item_text(row: dict[str, str | None]) -> str:

@@ -18,14 +18,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake.exceptions import DeltaError
 
-from negrec_core.block_score import FEATURES, BlockScore, features
+from negrec_core.block_score import FEATURES, BlockScore, Items, features
 from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import ArtefactError, InputError, MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
+from negrec_core.items import load_categories
 from negrec_core.semantic_ids import load_semantic_ids
 
-_INPUTS = ("block_score", "item_semantic_id", "item_rate", "user_context")
+_INPUTS = ("block_score", "item_semantic_id", "item_rate", "user_context", "item")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class History:
 
     Attributes:
         starts: int64 [users + 1]; the items of user row r are `rows[starts[r]:starts[r + 1]]`.
-        rows: row of `Snapshot.item_unit` of each item, int32 [items].
+        rows: row of `Snapshot.catalogue` of each item, int32 [items].
     """
 
     starts: np.ndarray
@@ -82,8 +83,8 @@ class Snapshot:
         log_probs: float32 [entries].
         because: nearest past dislike of each entry, dictionary array of strings.
         reasons: reason class of each entry, dictionary array of strings.
-        items: item id -> row of `item_unit` and `item_log_odds`.
-        item_unit: unit embeddings of the items' IDs, float32 [items + 1, dim]; the last is zero.
+        items: item id -> row of `catalogue` and `item_log_odds`.
+        catalogue: items + 1; the last is one of which nothing is known.
         item_log_odds: float64 [items + 1]; the last is the prior.
         sid_unit: unit embeddings of the distinct predicted IDs, float32 [n, dim].
     """
@@ -104,7 +105,7 @@ class Snapshot:
     because: pa.DictionaryArray
     reasons: pa.DictionaryArray
     items: dict[str, int]
-    item_unit: np.ndarray
+    catalogue: Items
     item_log_odds: np.ndarray
     sid_unit: np.ndarray
 
@@ -114,13 +115,15 @@ class Snapshot:
         span = self.span(user_id)
         user = self._row_of(user_id)
         return features(
-            self.item_unit[rows],
+            self.catalogue.take(rows),
             self.sid_unit[self.entries[span]],
             self.log_probs[span],
-            self.item_unit[self.disliked.of(user)],
-            self.item_unit[self.liked.of(user)],
+            self.catalogue.take(self.disliked.of(user)),
+            self.catalogue.take(self.liked.of(user)),
             self.item_log_odds[rows],
             float(self.user_log_odds[user]),
+            self.score.prior_log_odds,
+            self.score.pseudo_events,
         )
 
     def span(self, user_id: str) -> slice:
@@ -249,6 +252,7 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
     others, user_log_odds, disliked, liked = _contexts(
         store.files("user_context", [ds], inputs["user_context"]), names, ids.items, score
     )
+    categories = load_categories(store, ds, ids.items, inputs["item"])
     try:
         item_unit = codebook.unit(ids.codes)
         entries, sid_unit = _distinct(_column(files, "codes", order), codebook)
@@ -274,7 +278,7 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         because=_column(files, "because_item_id", order).dictionary_encode().combine_chunks(),
         reasons=_column(files, "reason_class", order).dictionary_encode().combine_chunks(),
         items=ids.index,
-        item_unit=np.vstack([item_unit, np.zeros((1, codebook.dim), np.float32)]),
+        catalogue=Items(item_unit, categories).with_unknown(),
         item_log_odds=np.array([*(log_odds.get(item, prior) for item in ids.items), prior]),
         sid_unit=sid_unit,
     )

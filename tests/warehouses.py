@@ -17,7 +17,7 @@ from negrec_core.schemas import TABLES
 
 Codes = tuple[int, ...]
 DS = "2026-03-10"
-PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.6, -0.4, 0.5, 0.5]), -2.0, 0.5, -1.0, 5.0)
+PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.6, -0.4, 0.5, 0.5, 0.3, 0.2]), -2.0, 0.5, -1.0, 5.0)
 
 
 class Entry(NamedTuple):
@@ -90,6 +90,7 @@ def publish(
     score: BlockScore = PLAIN_SCORE,
     rates: Mapping[str, float] | None = None,
     contexts: Mapping[str, Context] | None = None,
+    categories: Mapping[str, str] | None = None,
     expires_on: dt.date | None = None,
 ) -> DeltaStore:
     """Write every table of a block list, the list last.
@@ -104,6 +105,7 @@ def publish(
         score: the block score.
         rates: item -> log odds.
         contexts: user -> what the user disliked and liked before.
+        categories: item -> category path.
         expires_on: default: eight days after `ds`.
     """
     store = DeltaStore(root)
@@ -121,6 +123,7 @@ def publish(
             for item, codes in items.items()
             if item not in known
         ],
+        "item": [{"item_id": item, "category": path} for item, path in (categories or {}).items()],
         "item_rate": [{"item_id": item, "log_odds": odds} for item, odds in (rates or {}).items()],
         "user_context": [
             {

@@ -555,7 +555,7 @@ def test_the_catalogue_of_the_list_ignores_later_items(site: Site) -> None:
     store = site.open().store
     inputs = store.commit_of("block_list", DS).provenance.inputs
     score, models = load_block_score(store, DS, inputs["block_score"])
-    versions = (models[CODEBOOK], inputs["item_semantic_id"], inputs["item_rate"])
+    versions = (models[CODEBOOK], *(inputs[n] for n in ("item_semantic_id", "item_rate", "item")))
     task = BlockListTask(str(store.root), str(site.root / "models"), DS, *versions, score)
     catalogue = load_catalogue(task)
     ids = load_semantic_ids(store, models[CODEBOOK], DS)

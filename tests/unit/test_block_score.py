@@ -10,6 +10,7 @@ from negrec_core.block_score import (
     FLOOR,
     KERNEL,
     BlockScore,
+    Items,
     curve,
     features,
     near,
@@ -28,12 +29,22 @@ def unit_rows(rng, n, dim):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def features_by_loop(candidates, entries, log_probs, disliked, liked, item_log_odds, user_log_odds):
+def some_items(rng, n, dim, unknown=0):
+    """Random items; the last ones are such that nothing is known of."""
+    items = Items(unit_rows(rng, n, dim), rng.integers(-1, 3, (n, 2)).astype(np.int32))
+    return items.with_unknown() if unknown else items
+
+
+def features_by_loop(
+    candidates, entries, log_probs, disliked, liked, item_log_odds, user_log_odds, prior, pseudo
+):
+    share = 1 / (1 + math.exp(-prior))
+
     def cosine(one, other):
         return sum(float(a) * float(b) for a, b in zip(one, other, strict=True))
 
     rows = []
-    for candidate, item in zip(candidates, item_log_odds, strict=True):
+    for candidate, kinds, item in zip(candidates.unit, candidates.categories, item_log_odds, strict=True):
         similarity, affinity, total = -math.inf, 0.0, 0.0
         for entry, log_prob in zip(entries, log_probs, strict=True):
             similarity = max(similarity, cosine(candidate, entry))
@@ -42,10 +53,17 @@ def features_by_loop(candidates, entries, log_probs, disliked, liked, item_log_o
         if not len(entries):
             similarity, affinity, total = 0.0, 0.0, 1.0
         history = [
-            math.log(0.1 + sum(math.exp(5 * (cosine(candidate, item) - 1)) for item in past))
+            math.log(0.1 + sum(math.exp(5 * (cosine(candidate, item) - 1)) for item in past.unit))
             for past in (disliked, liked)
         ]
-        rows.append([similarity, affinity / total, *history, float(item), user_log_odds])
+        within = []
+        for level, kind in enumerate(kinds):
+            bad, good = (
+                sum(kind >= 0 and other[level] == kind for other in past.categories)
+                for past in (disliked, liked)
+            )
+            within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
+        rows.append([similarity, affinity / total, *history, float(item), user_log_odds, *within])
     return np.array(rows).reshape(-1, len(FEATURES))
 
 
@@ -55,10 +73,10 @@ sizes = st.integers(0, 6)
 @given(st.integers(0, 12), sizes, sizes, sizes, st.integers(0, 2**32 - 1))
 def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, seed):
     rng = np.random.default_rng(seed)
-    candidates = np.vstack([unit_rows(rng, n, 5), np.zeros((1, 5), np.float32)])
+    candidates = some_items(rng, n, 5, unknown=1)
     entries, log_probs = unit_rows(rng, m, 5), -rng.exponential(3, m)
-    disliked, liked = unit_rows(rng, n_disliked, 5), unit_rows(rng, n_liked, 5)
-    inputs = (candidates, entries, log_probs, disliked, liked, rng.normal(size=n + 1), 0.7)
+    disliked, liked = some_items(rng, n_disliked, 5), some_items(rng, n_liked, 5)
+    inputs = (candidates, entries, log_probs, disliked, liked, rng.normal(size=n + 1), 0.7, -1.1, 5.0)
     ours = features(*inputs)
     np.testing.assert_allclose(ours, features_by_loop(*inputs), atol=1e-5)
     assert ours.shape == (n + 1, len(FEATURES))
@@ -67,8 +85,8 @@ def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, seed):
 
 def test_affinity_survives_tiny_probabilities():
     rng = np.random.default_rng(0)
-    candidates, entries, past = (unit_rows(rng, n, 4) for n in (3, 2, 2))
-    rest = (past, past, np.zeros(3), 0.0)
+    candidates, entries, past = some_items(rng, 3, 4), unit_rows(rng, 2, 4), some_items(rng, 2, 4)
+    rest = (past, past, np.zeros(3), 0.0, -1.0, 5.0)
     far = features(candidates, entries, np.array([-1000.0, -1001.0]), *rest)
     close = features(candidates, entries, np.array([0.0, -1.0]), *rest)
     np.testing.assert_allclose(far, close)
@@ -96,9 +114,9 @@ def test_without_a_past_nearness_is_the_floor():
 
 
 def test_score_is_the_logistic_of_the_weighted_features():
-    score = BlockScore(np.array([1.0, -2.0, 0.3, -0.4, 0.5, 0.25]), 0.5, 0.5, -1.0, 5.0)
-    row = [0.3, 0.1, -1.0, -2.0, -1.2, 2.0]
-    odds = 0.3 - 0.2 - 0.3 + 0.8 - 0.6 + 0.5 + 0.5
+    score = BlockScore(np.array([1.0, -2.0, 0.3, -0.4, 0.5, 0.25, 2.0, -1.0]), 0.5, 0.5, -1.0, 5.0)
+    row = [0.3, 0.1, -1.0, -2.0, -1.2, 2.0, 0.1, 0.3]
+    odds = 0.3 - 0.2 - 0.3 + 0.8 - 0.6 + 0.5 + 0.2 - 0.3 + 0.5
     assert score.score(np.array([row]))[0] == pytest.approx(1 / (1 + math.exp(-odds)))
 
 

@@ -28,6 +28,12 @@ from negrec_core.snapshot import Snapshot, load_published
 TODAY = dt.date(2026, 3, 11)
 CODEBOOK_OF_TESTS = small_codebook()
 ITEMS = {f"item {a}{b}{c}": (a, b, c) for a in range(4) for b in range(4) for c in range(4) if a + b != 3}
+# One category in two, one without a second part, and items without any.
+CATEGORIES = {
+    item: ("Toys/Games", "Toys/Dolls", "Books")[sum(codes) % 3]
+    for item, codes in ITEMS.items()
+    if codes[0] != 1
+}
 RATES = {item: (sum(codes) - 4) / 3 for item, codes in ITEMS.items() if codes[2] != 0}
 ENTRIES = {
     "ann": [
@@ -53,7 +59,15 @@ PAGE = [*ITEMS, "no such item"]
 def warehouse(tmp_path_factory):
     root = tmp_path_factory.mktemp("warehouse")
     manifest = save_codebook(root, CODEBOOK_OF_TESTS)
-    publish(root, manifest.version, ITEMS, ENTRIES, rates=RATES, contexts=CONTEXTS)
+    publish(
+        root,
+        manifest.version,
+        ITEMS,
+        ENTRIES,
+        rates=RATES,
+        contexts=CONTEXTS,
+        categories=CATEGORIES,
+    )
     return root
 
 
@@ -69,6 +83,12 @@ def copy(warehouse, tmp_path):
     shutil.copytree(warehouse, root)
     (version,) = (path.name for path in (root / "models" / CODEBOOK).iterdir())
     return root, version
+
+
+def same_category(one, other, depth):
+    """Whether two items' category paths are equal, down to a depth."""
+    paths = [CATEGORIES[item].split("/")[:depth] for item in (one, other) if item in CATEGORIES]
+    return len(paths) == 2 and paths[0] == paths[1]
 
 
 def score_by_loop(user, item):
@@ -99,6 +119,12 @@ def score_by_loop(user, item):
         RATES.get(item, PLAIN_SCORE.prior_log_odds),
         math.log((context.n_negatives + 5 * prior) / (context.n_positives + 5 * (1 - prior))),
     ]
+    for depth in (None, 1):
+        bad, good = (
+            sum(past in ITEMS and item in ITEMS and same_category(past, item, depth) for past in items)
+            for items in (context.negatives, context.positives)
+        )
+        parts.append(math.log((bad + 5 * prior) / (good + 5 * (1 - prior))))
     odds = PLAIN_SCORE.intercept + sum(
         float(c) * p for c, p in zip(PLAIN_SCORE.coefficients, parts, strict=True)
     )
@@ -438,7 +464,7 @@ DAMAGE = {
     no_score: (MissingError, r"table block_score: no row of ds=2026-03-10"),
     no_ids: (MissingError, r"table item_semantic_id: no item known on ds=2026-03-10"),
     vanished_version: (MissingError, r"table item_rate: there is no version 99"),
-    nameless_inputs: (ArtefactError, r"block_score, item_semantic_id, user_context, codebook"),
+    nameless_inputs: (ArtefactError, r"block_score, item_semantic_id, user_context, item, codebook"),
 }
 
 
@@ -482,8 +508,8 @@ def test_refresh_recovers_once_the_damage_is_repaired(copy):
 
 # Two kinds of list that agree on what to block, but whose scores and thresholds must not be mixed:
 # one's scores lie all under the other's threshold.
-LOW = BlockScore(np.array([0.4, 0.0, 0.0, 0.0, 0.0, 0.0]), -3.0, 1 / (1 + math.exp(2.7)), -1.0, 5.0)
-HIGH = BlockScore(np.array([0.4, 0.0, 0.0, 0.0, 0.0, 0.0]), 3.0, 1 / (1 + math.exp(-3.3)), -1.0, 5.0)
+LOW = BlockScore(np.array([0.4, *[0.0] * 7]), -3.0, 1 / (1 + math.exp(2.7)), -1.0, 5.0)
+HIGH = BlockScore(np.array([0.4, *[0.0] * 7]), 3.0, 1 / (1 + math.exp(-3.3)), -1.0, 5.0)
 SAME = next(item for item, codes in ITEMS.items() if codes == (1, 1, 1))
 FAR = min(ITEMS, key=lambda item: score_by_loop("bob", item)[1])
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from warehouses import small_codebook
 
 from jobs.block_score import Calibration, HeldBack, _features_of, fit
-from negrec_core.block_score import FEATURES
+from negrec_core.block_score import FEATURES, Items
 from negrec_core.config import load_config
 from negrec_core.errors import InputError
 from negrec_core.semantic_ids import SemanticIds
 
 SETTINGS = load_config(environment={}).calibration
-TRUE = np.array([2.0, 1.0, 0.8, -0.8, 1.0, 0.5])
+TRUE = np.array([2.0, 1.0, 0.8, -0.8, 1.0, 0.5, 0.7, 0.4])
 CODEBOOK = small_codebook()
 
 
@@ -24,7 +24,7 @@ def calibration(n, seed=0):
     """Feedback drawn from a logistic model with coefficients `TRUE`."""
     rng = np.random.default_rng(seed)
     # Scales differ as those of the real features do.
-    features = rng.normal(size=(n, len(FEATURES))) * [0.3, 0.3, 1.0, 1.0, 1.0, 2.0]
+    features = rng.normal(size=(n, len(FEATURES))) * [0.3, 0.3, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0]
     probability = 1 / (1 + np.exp(-(features @ TRUE - 1.0)))
     return Calibration(features, rng.random(n) < probability, n, -1.0)
 
@@ -42,7 +42,7 @@ def test_the_fit_recovers_the_model_that_made_the_data():
 
 def test_the_unit_of_a_feature_changes_nothing():
     given_ = calibration(2_000)
-    scale = np.array([1, 10, 0.01, 1, 3, 1])
+    scale = np.array([1, 10, 0.01, 1, 3, 1, 0.1, 7])
     other = Calibration(given_.features * scale, given_.disliked, given_.n_users, -1.0)
     ours, theirs = fit(given_, SETTINGS), fit(other, SETTINGS)
     np.testing.assert_allclose(ours.coefficients, theirs.coefficients * scale, rtol=1e-3, atol=1e-4)
@@ -89,7 +89,7 @@ def unit(codes):
     return total / math.sqrt(sum(x * x for x in total))
 
 
-def features_by_loop(label, predictions, contexts, rates, ids, prior, pseudo):
+def features_by_loop(label, predictions, contexts, rates, ids, categories, prior, pseudo):
     """The features of one label, one number at a time."""
     here = unit(ids[label["item_id"]]) if label["item_id"] in ids else np.zeros(CODEBOOK.dim)
     own = [row for row in predictions if row["user_id"] == label["user_id"]]
@@ -109,12 +109,21 @@ def features_by_loop(label, predictions, contexts, rates, ids, prior, pseudo):
     ]
     share = 1 / (1 + math.exp(-prior))
     n_negatives, n_positives = (context["n_negatives"], context["n_positives"]) if context else (0, 0)
+    own_kinds = categories.get(label["item_id"], (-1, -1))
+    within = []
+    for level, kind in enumerate(own_kinds):
+        bad, good = (
+            sum(kind >= 0 and item in ids and categories[item][level] == kind for item in past)
+            for past in ((context["negatives"], context["positives"]) if context else ((), ()))
+        )
+        within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
     return [
         max(cosines, default=0.0),
         sum(w * c for w, c in zip(weights, cosines, strict=True)) / (sum(weights) or 1.0),
         *near,
         rates.get(label["item_id"], prior),
         math.log((n_negatives + pseudo * share) / (n_positives + pseudo * (1 - share))),
+        *within,
     ]
 
 
@@ -180,11 +189,15 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     known = SemanticIds(
         items, np.array([ids[item] for item in items], np.int32), {item: n for n, item in enumerate(items)}
     )
-    ours = _features_of(held_back(labels, predictions, contexts, rates, prior), known, CODEBOOK, pseudo)
+    categories = {item: tuple(rng.integers(-1, 3, 2).tolist()) for item in items}
+    kinds = np.array([categories[item] for item in items], np.int32)
+    back = held_back(labels, predictions, contexts, rates, prior)
+    ours = _features_of(back, known, Items(CODEBOOK.unit(known.codes), kinds), CODEBOOK, pseudo)
 
     ordered = sorted(labels, key=lambda label: (label["user_id"], label["item_id"]))
     expected = [
-        features_by_loop(label, predictions, contexts, rates, ids, prior, pseudo) for label in ordered
+        features_by_loop(label, predictions, contexts, rates, ids, categories, prior, pseudo)
+        for label in ordered
     ]
     np.testing.assert_allclose(ours.features, np.reshape(expected, (-1, len(FEATURES))), atol=1e-5)
     assert ours.disliked.tolist() == [label["polarity"] == -1 for label in ordered]

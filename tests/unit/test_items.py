@@ -7,7 +7,7 @@ from warehouses import write_rows
 
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import InputError
-from negrec_core.items import item_text, load_items
+from negrec_core.items import item_text, load_categories, load_items
 from negrec_core.schemas import ITEM
 from negrec_core.semantic_ids import load_semantic_ids
 
@@ -53,6 +53,22 @@ def test_the_catalogue_is_the_newest_version_of_each_item_as_of_the_day(store, d
     assert titles(found) == expected
     assert found["item_id"].to_pylist() == sorted(expected)
     assert found.schema.names == ITEM.schema.names
+
+
+def test_categories_are_numbered_whole_and_by_their_first_part(tmp_path):
+    store = DeltaStore(tmp_path)
+    store.create_tables()
+    paths = {"a": "Toys/Games", "b": "Toys/Dolls", "c": "Toys/Games", "d": "Games", "e": None, "f": ""}
+    rows = [{"item_id": item, "category": path} for item, path in paths.items()]
+    before = write_rows(store, "item", rows, DAYS[0])
+    write_rows(store, "item", [{"item_id": "a", "category": "Games"}], DAYS[1])
+    asked = [*paths, "not there"]
+    whole, top = load_categories(store, DAYS[2], asked, before).T.tolist()
+    assert whole == [0, 1, 0, 2, -1, -1, -1]
+    assert top == [0, 0, 0, 1, -1, -1, -1]
+    newest = load_categories(store, DAYS[2], asked)
+    assert newest[0, 0] == newest[3, 0]
+    assert newest[0, 1] == newest[3, 1]
 
 
 def test_the_catalogue_of_an_earlier_table_version(tmp_path):
