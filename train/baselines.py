@@ -26,6 +26,8 @@ SET_SIZE = 20
 # The classifier ranks this many of the most disliked items for each user; all would take hours.
 _CANDIDATES = 100
 _USERS_AT_ONCE = 2000
+# Items looked at for a set of 20 IDs, several of which may share one.
+_MOST_OF_ONE_ID = 10 * SET_SIZE
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _swing(known: Known, exposures: pd.DataFrame, users: list[str]) -> Baseline:
         scores[here] = np.asarray(block[row[here] - first, column[here]]).ravel()
         for n, user in enumerate(who[first : first + _USERS_AT_ONCE]):
             span = slice(block.indptr[n], block.indptr[n + 1])
-            best = np.argsort(-block.data[span], kind="stable")
+            best = np.argsort(-block.data[span], kind="stable")[:_MOST_OF_ONE_ID]
             sets[user] = _leaves(items[block.indices[span][best]], known.leaf)
     return Baseline(scores, {user: sets[user] for user in users})
 

@@ -194,15 +194,19 @@ def hit_table(
     negatives = past[past["polarity"] == -1]
     by_user = negatives.groupby("user_id").size()
     by_item = negatives.groupby("item_id")["user_id"].nunique()
-    rows = []
-    for user, events in future[future["polarity"] == -1].groupby("user_id"):
-        own = set(predicted.get(str(user), np.empty(0)).tolist())
-        hit = events["item_id"].map(leaf_of_item).isin(own).to_numpy()
-        first = (events["event_time"] == events["event_time"].min()).to_numpy()
-        rare = (events["item_id"].map(by_item).fillna(0) < _LONG_TAIL_ITEM).to_numpy()
-        short = by_user.get(user, 0) < _LONG_TAIL_USER
-        rows.append((user, (hit & first).any(), hit.any(), short, rare.any(), (hit & rare).any()))
-    return pd.DataFrame(rows, columns=["user_id", "hr", "fhr", "short", "tail", "lif"])
+    events = future[future["polarity"] == -1]
+    leaf = events["item_id"].map(leaf_of_item).fillna(-1).to_numpy(np.int64)
+    hit = np.zeros(len(events), bool)
+    for user, at in events.groupby("user_id").indices.items():
+        hit[at] = (leaf[at] >= 0) & np.isin(leaf[at], predicted.get(str(user), ()))
+    first = events["event_time"] == events.groupby("user_id")["event_time"].transform("min")
+    rare = events["item_id"].map(by_item).fillna(0) < _LONG_TAIL_ITEM
+    marks = pd.DataFrame(
+        {"user_id": events["user_id"], "hr": hit & first, "fhr": hit, "tail": rare, "lif": hit & rare}
+    )
+    rows = marks.groupby("user_id").any().reset_index()
+    rows["short"] = rows["user_id"].map(by_user).fillna(0) < _LONG_TAIL_USER
+    return rows
 
 
 def _flattened(features: np.ndarray, column: int) -> np.ndarray:
