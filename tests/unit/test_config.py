@@ -222,6 +222,7 @@ def test_overlays_are_names_or_files():
         ("swing.topk=4", "swing.topk: there is no such setting"),
         ("no.such=4", "no: there is no such setting"),
         ("timezone.x=4", "timezone: .*, not {'x': 4}"),
+        ("generation.set_size=51", "generation.set_size: .*more than generation.beam_width, which is 50"),
         ("generation.engine=tpu", "generation.engine: .*'torch' or 'vllm', not 'tpu'"),
     ],
 )
