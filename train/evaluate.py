@@ -107,7 +107,7 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
     leaf_of_item = dict(zip(ids.items, trie.find(ids.codes).tolist(), strict=True))
     predicted, illegal = load_predictions(store, ds, trie)
 
-    items = load_items(store, ds).select(["item_id", "category"]).to_pandas()
+    items = load_items(store, ds, columns=["category"]).to_pandas()
     graph = store.read("item_graph", ["item_id", "neighbor_id", "score"], days=[ds]).to_pandas()
     category = items.set_index("item_id")["category"]
     pseudo = config.calibration.rate_pseudo_events
