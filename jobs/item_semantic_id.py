@@ -11,7 +11,6 @@ from jobs.context import JobContext
 from negrec_core.codebook import encode_unique
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, newest, open_codebook, open_generator
-from negrec_core.items import item_text
 from negrec_core.semantic_ids import load_semantic_ids
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ _SCHEMA = "item_id string, codes array<int>"
 def item_semantic_id(
     items: "DataFrame", models: Path, version: str, encoder: str, taken: np.ndarray | None
 ) -> "DataFrame":
-    """Semantic IDs of items by their text.
+    """Semantic IDs of items by their content.
 
     Args:
         items: `item` rows, one per item.
@@ -37,15 +36,15 @@ def item_semantic_id(
     from pyspark.sql import functions as F
 
     def assign(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        from negrec_core.encoder import TextEncoder
+        from negrec_core.item_encoder import ItemEncoder
 
         rows = [batch for batch in batches if batch.num_rows]
         if not rows:
             return
-        text_encoder = TextEncoder(encoder)
+        item_encoder = ItemEncoder(models, encoder)
         codebook, _ = open_codebook(models, version)
         for part in [pa.Table.from_batches(rows)] if taken is not None else rows:
-            embeddings = text_encoder.encode([item_text(row) for row in part.to_pylist()])
+            embeddings = item_encoder.encode(part.to_pylist())
             if taken is None:
                 codes = codebook.encode(embeddings)
             else:

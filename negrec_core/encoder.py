@@ -3,6 +3,7 @@
 Needs torch and transformers, so only the jobs that embed items import this module.
 """
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,14 @@ class TextEncoder:
             embeddings[rows] = self._encode_batch([distinct[i] for i in rows])
             progress(min(start + self.batch_size, len(distinct)), len(distinct))
         return embeddings[inverse]
+
+    def fingerprint(self) -> str:
+        """Digest of all that an embedding depends on: the weights, and how a text is cut."""
+        digest = hashlib.sha256(f"{self.max_tokens} {self.bf16}".encode())
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.inference_mode()
     def _encode_batch(self, texts: list[str]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a team would use instead of negrec, given the same events (DESIGN section 8).
 
-Every baseline scores the exposures that are judged, and predicts a set of semantic IDs for each user.
+Every baseline scores the exposures that are judged, and predicts a set of semantic IDs for each user,
+without those of items that the user has disliked already.
 """
 
 from collections.abc import Callable, Iterator
@@ -83,50 +84,63 @@ def baselines(known: Known, exposures: pd.DataFrame, users: list[str], seed: int
     rates = features(known.past, known.category, exposures, known.pseudo)
     items = _counts(known.past, ["item_id"])
     by_count = items["negatives"].sort_values(ascending=False, kind="stable")
-    by_rate = _item_odds_by_id(known)
+    most_disliked = _leaves(by_count.index, known.leaf)
+    own = _own_dislikes(known)
+    ids_by_rate = _ids_by_rate(known)
+    by_rate = {user: _first_new(ids_by_rate, own.get(user)) for user in users}
     found = {
         RANDOM: Baseline(
             rng.random(len(exposures)),
-            {u: rng.choice(known.n_ids, min(SET_SIZE, known.n_ids), replace=False) for u in users},
+            {user: _first_new(_random_leaves(known.n_ids, rng), own.get(user)) for user in users},
         ),
         TIMES_DISLIKED: Baseline(
             exposures["item_id"].map(by_count).fillna(0).to_numpy(float),
-            dict.fromkeys(users, _leaves(by_count.index, known.leaf)),
+            {user: _first_new(most_disliked, own.get(user)) for user in users},
         ),
         # The user's rate moves no item before another.
-        ITEM_RATE: Baseline(rates["item"].to_numpy(), dict.fromkeys(users, by_rate)),
-        ITEM_USER_RATE: Baseline((rates["item"] + rates["user"]).to_numpy(), dict.fromkeys(users, by_rate)),
+        ITEM_RATE: Baseline(rates["item"].to_numpy(), by_rate),
+        ITEM_USER_RATE: Baseline((rates["item"] + rates["user"]).to_numpy(), by_rate),
     }
     if known.category.nunique() > 1:
-        found[CATEGORY] = Baseline(rates["user_category"].to_numpy(), _category_sets(known, by_count, users))
-    found[SWING] = _swing(known, exposures, users)
+        sets = _category_sets(known, by_count.index, users, own)
+        found[CATEGORY] = Baseline(rates["user_category"].to_numpy(), sets)
+    found[SWING] = _swing(known, exposures, users, own)
     classify = fit_classifier(known, seed)
     if classify:
-        found[CLASSIFIER] = Baseline(classify(exposures), _ranked_sets(known, by_count, users, classify))
+        sets = _ranked_sets(known, by_count.index, users, own, classify)
+        found[CLASSIFIER] = Baseline(classify(exposures), sets)
     return found
 
 
 def features(history: pd.DataFrame, category: pd.Series, pairs: pd.DataFrame, pseudo: float) -> pd.DataFrame:
     """Smoothed log odds of dislike in `history`, for (user_id, item_id) `pairs`.
 
-    Columns: item, user, category, user_category, and the counts n_item and n_user of dislikes.
+    Columns: item, user, category, top (the category's first level), user_category, user_top, and the
+    counts n_item and n_user of dislikes.
     """
-    rows = history.assign(category=history["item_id"].map(category))
-    asked = pairs[["user_id", "item_id"]].assign(category=pairs["item_id"].map(category))
+    top = category.str.split("/").str[0]
+    rows, asked = (
+        frame[[*kept, "item_id"]].assign(
+            category=frame["item_id"].map(category), top=frame["item_id"].map(top)
+        )
+        for frame, kept in ((history, ["user_id", "polarity"]), (pairs, ["user_id"]))
+    )
     share = _dislike_share(history)
     out = pd.DataFrame(index=pairs.index)
     for name, keys in {
         "item": ["item_id"],
         "user": ["user_id"],
         "category": ["category"],
+        "top": ["top"],
         "user_category": ["user_id", "category"],
+        "user_top": ["user_id", "top"],
     }.items():
         counts = _counts(rows, keys)
         found = asked[keys].merge(counts, how="left", left_on=keys, right_index=True).fillna(0)
         out[name] = smoothed_log_odds(
             found["negatives"].to_numpy(), found["positives"].to_numpy(), share, pseudo
         )
-        if len(keys) == 1 and name != "category":
+        if name in ("item", "user"):
             out[f"n_{name}"] = found["negatives"].to_numpy()
     return out
 
@@ -164,36 +178,57 @@ def _counts(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def _leaves(items: pd.Index, leaf: dict[str, int]) -> np.ndarray:
-    """The first 20 distinct leaves of items in order; items without a semantic ID are left out."""
-    distinct = dict.fromkeys(leaf[item] for item in items if item in leaf)
-    return np.array(list(distinct)[:SET_SIZE], np.int64)
+    """The distinct leaves of items in order; items without a semantic ID are left out."""
+    return np.array(list(dict.fromkeys(leaf[item] for item in items if item in leaf)), np.int64)
 
 
-def _item_odds_by_id(known: Known) -> np.ndarray:
-    """The 20 IDs with the highest smoothed rate; items that share an ID are counted together."""
+def _random_leaves(n_ids: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.choice(n_ids, min(_MOST_OF_ONE_ID, n_ids), replace=False)
+
+
+def _own_dislikes(known: Known) -> dict[str, np.ndarray]:
+    """Leaves of what each user has disliked."""
+    rows = known.past[known.past["polarity"] == -1]
+    rows = rows.assign(leaf=rows["item_id"].map(known.leaf)).dropna(subset=["leaf"])
+    leaf = rows["leaf"].to_numpy(np.int64)
+    return {str(user): np.unique(leaf[at]) for user, at in rows.groupby("user_id").indices.items()}
+
+
+def _first_new(ranked: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+    """The first 20 of distinct leaves in order, without the user's own dislikes."""
+    if own is not None:
+        ranked = ranked[: SET_SIZE + len(own)]
+        ranked = ranked[~np.isin(ranked, own)]
+    return ranked[:SET_SIZE]
+
+
+def _ids_by_rate(known: Known) -> np.ndarray:
+    """The IDs by descending smoothed rate; items that share an ID are counted together."""
     rows = known.past.assign(leaf=known.past["item_id"].map(known.leaf)).dropna(subset=["leaf"])
     counts = _counts(rows, ["leaf"])
     share = _dislike_share(rows)
     odds = smoothed_log_odds(
         counts["negatives"].to_numpy(), counts["positives"].to_numpy(), share, known.pseudo
     )
-    best = np.argsort(-odds, kind="stable")[:SET_SIZE]
-    return counts.index.to_numpy()[best].astype(np.int64)
+    return counts.index.to_numpy()[np.argsort(-odds, kind="stable")].astype(np.int64)
 
 
-def _category_sets(known: Known, by_count: pd.Series, users: list[str]) -> dict[str, np.ndarray]:
+def _category_sets(
+    known: Known, by_count: pd.Index, users: list[str], own: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The most disliked items of the category each user disliked most; of all, without one."""
     disliked = known.past[known.past["polarity"] == -1]
     counts = disliked.assign(category=disliked["item_id"].map(known.category))
     sizes = counts.groupby(["user_id", "category"]).size().sort_values(ascending=False, kind="stable")
     worst = sizes.reset_index().drop_duplicates("user_id").set_index("user_id")["category"]
-    of = pd.Series(by_count.index, by_count.index).map(known.category)
+    of = pd.Series(by_count, by_count).map(known.category)
     tops = {name: _leaves(of.index[of == name], known.leaf) for name in worst.unique()}
-    everything = _leaves(by_count.index, known.leaf)
-    return {user: tops[worst[user]] if user in worst else everything for user in users}
+    everything = _leaves(by_count, known.leaf)
+    ranked = {user: tops[worst[user]] if user in worst else everything for user in users}
+    return {user: _first_new(leaves, own.get(user)) for user, leaves in ranked.items()}
 
 
-def _swing(known: Known, exposures: pd.DataFrame, users: list[str]) -> Baseline:
+def _swing(known: Known, exposures: pd.DataFrame, users: list[str], own: dict[str, np.ndarray]) -> Baseline:
     """Sum of the Swing scores from the user's past dislikes to the item."""
     items = pd.Index(pd.concat([known.past["item_id"], known.graph["neighbor_id"]]).unique())
     who = pd.Index(pd.concat([exposures["user_id"], pd.Series(users)]).unique())
@@ -217,15 +252,20 @@ def _swing(known: Known, exposures: pd.DataFrame, users: list[str]) -> Baseline:
         for n, user in enumerate(who[first : first + _USERS_AT_ONCE]):
             span = slice(block.indptr[n], block.indptr[n + 1])
             best = np.argsort(-block.data[span], kind="stable")[:_MOST_OF_ONE_ID]
-            sets[user] = _leaves(items[block.indices[span][best]], known.leaf)
+            ranked = _leaves(items[block.indices[span][best]], known.leaf)
+            sets[user] = _first_new(ranked, own.get(user))
     return Baseline(scores, {user: sets[user] for user in users})
 
 
 def _ranked_sets(
-    known: Known, by_count: pd.Series, users: list[str], classify: Callable[[pd.DataFrame], np.ndarray]
+    known: Known,
+    by_count: pd.Index,
+    users: list[str],
+    own: dict[str, np.ndarray],
+    classify: Callable[[pd.DataFrame], np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The 20 of the most disliked items that a classifier ranks first for each user."""
-    candidates = pd.Index([item for item in by_count.index if item in known.leaf][:_CANDIDATES])
+    candidates = pd.Index([item for item in by_count if item in known.leaf][:_CANDIDATES])
 
     def blocks() -> Iterator[tuple[str, np.ndarray]]:
         for first in range(0, len(users), _USERS_AT_ONCE):
@@ -235,6 +275,6 @@ def _ranked_sets(
             )
             for user, scores in zip(some, classify(pairs).reshape(len(some), -1), strict=True):
                 best = np.argsort(-scores, kind="stable")
-                yield user, _leaves(candidates[best], known.leaf)
+                yield user, _first_new(_leaves(candidates[best], known.leaf), own.get(user))
 
     return dict(blocks())

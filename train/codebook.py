@@ -7,10 +7,10 @@ from pathlib import Path
 from negrec_core.artefacts import Manifest, new_version, seal
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore
-from negrec_core.encoder import TextEncoder
 from negrec_core.errors import InputError
 from negrec_core.generator import CODEBOOK
-from negrec_core.items import item_text, load_items
+from negrec_core.item_encoder import ItemEncoder
+from negrec_core.items import load_items
 from negrec_core.progress import Progress
 from negrec_core.sid_health import HealthLimits, check, sid_health
 from train import residual_kmeans, rqvae
@@ -44,8 +44,7 @@ def train_codebook(
     items = load_items(store, until, version)
     if not items.num_rows:
         raise InputError(f"table item: no item on or before ds={until}; import a catalogue first")
-    encoder = TextEncoder(settings.encoder)
-    embeddings = encoder.encode([item_text(row) for row in items.to_pylist()], progress)
+    embeddings = ItemEncoder(models, settings.encoder).encode(items.to_pylist(), progress)
     if settings.trainer == "rqvae":
         codebook, curve = rqvae.train_codebook(
             embeddings,

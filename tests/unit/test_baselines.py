@@ -67,9 +67,11 @@ def test_rates_are_smoothed_log_odds():
 
 def test_sets_count_items_of_one_id_together_and_leave_out_items_without_one():
     past = pd.concat([PAST, frame(("u", "lost", 1, -1))])
-    found = baselines(known_of(past, leaf={"x": 4, "y": 4, "z": 2}), judged(past), ["u"], seed=1)
+    known = known_of(past, leaf={"x": 4, "y": 4, "z": 2})
+    found = baselines(known, judged(past), ["u", "new"], seed=1)
     for name in ("times disliked", "item rate", "item + user rate"):
-        assert found[name].sets["u"].tolist() == [4, 2]
+        assert found[name].sets["new"].tolist() == [4, 2]
+        assert found[name].sets["u"].tolist() == [2]
 
 
 def test_a_rate_of_few_events_stands_behind_one_of_many():
@@ -78,7 +80,7 @@ def test_a_rate_of_few_events_stands_behind_one_of_many():
     rows += [(f"v{n}", "liked", 1, 1) for n in range(30)]
     past = frame(*rows)
     known = known_of(past, leaf={"once": 0, "often": 1, "liked": 2})
-    assert baselines(known, judged(past), ["u"], seed=1)["item rate"].sets["u"].tolist() == [1, 0, 2]
+    assert baselines(known, judged(past), ["new"], seed=1)["item rate"].sets["new"].tolist() == [1, 0, 2]
 
 
 def random_past(seed, events=200):
@@ -91,7 +93,7 @@ def random_past(seed, events=200):
     )
 
 
-CATEGORY = {f"i{n}": f"c{n % 3}" for n in range(12)}
+CATEGORY = {f"i{n}": f"t{n % 2}/c{n % 3}" for n in range(12)}
 
 
 def test_features_equal_counting_in_loops():
@@ -118,6 +120,15 @@ def test_features_equal_counting_in_loops():
         assert values["user_category"] == pytest.approx(
             log_odds(lambda r, p=pair, k=same_kind: r.user_id == p.user_id and k(r))
         )
+        top = kind.split("/")[0]
+
+        def same_top(row, top=top):
+            return CATEGORY[row.item_id].startswith(top)
+
+        assert values["top"] == pytest.approx(log_odds(same_top))
+        assert values["user_top"] == pytest.approx(
+            log_odds(lambda r, p=pair, k=same_top: r.user_id == p.user_id and k(r))
+        )
         assert values["n_item"] == sum(r.item_id == pair.item_id and r.polarity == -1 for r in rows)
         assert values["n_user"] == sum(r.user_id == pair.user_id and r.polarity == -1 for r in rows)
 
@@ -139,18 +150,20 @@ def test_swing_adds_up_the_edges_from_past_dislikes():
     for user in users:
         ranked = [total(user, items[leaf]) for leaf in found.sets[user]]
         assert ranked == sorted(ranked, reverse=True)
-        assert len(ranked) == sum(total(user, item) > 0 for item in items)
+        assert len(ranked) == sum(total(user, item) > 0 and (user, item) not in disliked for item in items)
 
 
 def test_category_sets_are_what_is_disliked_most_in_the_users_worst_category():
     past = frame(
-        *(("u", f"i{n}", n, -1) for n in (0, 3, 1)),
+        *(("u", f"i{n}", n, -1) for n in (0, 6, 1)),
         *((f"other {n}", "i6", n, -1) for n in range(4)),
         *((f"other {n}", "i3", n, -1) for n in range(2)),
+        *((f"third {n}", "i9", n, -1) for n in range(1)),
     )
+    category = {f"i{n}": f"c{n % 3}" for n in range(12)}
     leaf = {f"i{n}": n for n in range(12)}
-    found = baselines(known_of(past, CATEGORY, leaf=leaf), judged(past), ["u", "new"], seed=1)
-    assert found["category rule"].sets["u"].tolist() == [6, 3, 0]
+    found = baselines(known_of(past, category, leaf=leaf), judged(past), ["u", "new"], seed=1)
+    assert found["category rule"].sets["u"].tolist() == [3, 9]
     assert found["category rule"].sets["new"].tolist()[:2] == [6, 3]
 
 

@@ -15,6 +15,7 @@ from transformers import (
 
 from negrec_core.encoder import MINILM, TextEncoder, minilm_directory
 from negrec_core.errors import ArtefactError, InputError, MissingError
+from negrec_core.item_encoder import ItemEncoder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "fast", "slow", "car", "boat"]
 
@@ -194,3 +195,26 @@ def test_minilm_tells_meanings_apart() -> None:
         ["How to bake bread at home", "Baking a sourdough loaf", "Ten great football goals"]
     )
     assert baking @ loaf > 0.5 > 0.3 > baking @ goals
+
+
+def test_fingerprint_names_weights_and_cut(bert_directory: Path, tmp_path: Path) -> None:
+    known = TextEncoder(str(bert_directory)).fingerprint()
+    assert TextEncoder(str(bert_directory), batch_size=1).fingerprint() == known
+    assert TextEncoder(str(bert_directory), max_tokens=4).fingerprint() != known
+    other = tiny_bert()
+    with torch.no_grad():
+        other.embeddings.word_embeddings.weight[3] += 0.1
+    other.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert TextEncoder(str(tmp_path)).fingerprint() != known
+
+
+def test_items_are_embedded_once(
+    bert_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"title": "red car"}, {"title": "blue boat"}, {"title": "red car"}]
+    first = ItemEncoder(tmp_path, str(bert_directory)).encode(rows)
+    np.testing.assert_array_equal(first[0], first[2])
+    again = ItemEncoder(tmp_path, str(bert_directory))
+    monkeypatch.setattr(TextEncoder, "encode", None)
+    np.testing.assert_array_equal(again.encode(rows), first)
