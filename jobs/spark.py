@@ -67,7 +67,12 @@ def open_session(settings: SparkConfig, timezone: str, progress: bool) -> "Spark
         "spark.sql.parquet.compression.codec": "zstd",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.ansi.enabled": "true",
-        "spark.executorEnv.OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        # How threads wait is set for the driver by jobs.console; executors elsewhere do not inherit it.
+        **{
+            f"spark.executorEnv.{name}": os.environ[name]
+            for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+            if name in os.environ
+        },
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(progress).lower(),
         "spark.driver.extraJavaOptions": (

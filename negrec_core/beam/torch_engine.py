@@ -10,7 +10,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +108,32 @@ class TorchBeamEngine:
 
     def search(self, prompts: Prompts, trie: Trie, beam_width: int) -> BeamResult:
         """See `negrec_core.beam.BeamEngine.search`."""
+        return best_first(trie, *self._decode(prompts, trie, beam_width, _best))
+
+    def sample(
+        self, prompts: Prompts, trie: Trie, n: int, generator: torch.Generator, *, distinct: bool
+    ) -> BeamResult:
+        """Draw `n` legal IDs for each prompt, with the probabilities that `search` ranks by.
+
+        Args:
+            prompts: as in `search`.
+            trie: the legal IDs.
+            n: IDs per prompt.
+            generator: source of chance, on the CPU.
+            distinct: without replacement, by Gumbel top-k along the trie (stochastic beam search, Kool
+                et al. 2019): each ID at most once, fewer than `n` where fewer are legal; else
+                independent draws.
+
+        Raises:
+            InputError, ConfigError, ArtefactError: as `search`.
+        """
+        select = _DistinctDraws(generator) if distinct else _Draws(generator)
+        return best_first(trie, *self._decode(prompts, trie, n, select))
+
+    def _decode(
+        self, prompts: Prompts, trie: Trie, beam_width: int, select: "_Select"
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Leaves and log-probabilities `[users, beam_width]`; -1 and -inf where there is no beam."""
         check_search(prompts, trie, beam_width, self._vocabulary, self._vocab_size, self._longest_prompt)
         leaves = np.full((len(prompts), beam_width), -1, np.int64)
         log_probs = np.full((len(prompts), beam_width), -np.inf, np.float32)
@@ -123,18 +149,18 @@ class TorchBeamEngine:
                 )
             ]
             for users in batches(lengths, self._max_batch_tokens):
-                found, scores = self._search_batch(
-                    levels, [prompts[user] for user in users], trie, beam_width
+                found, scores = self._decode_batch(
+                    levels, [prompts[user] for user in users], trie, beam_width, select
                 )
                 leaves[users, : found.shape[1]] = found
                 log_probs[users, : found.shape[1]] = scores
         finally:
             self._model.train(training)
-        return best_first(trie, leaves, log_probs)
+        return leaves, log_probs
 
     @torch.inference_mode()
-    def _search_batch(
-        self, levels: list[PreTrainedModel], prompts: Prompts, trie: Trie, width: int
+    def _decode_batch(
+        self, levels: list[PreTrainedModel], prompts: Prompts, trie: Trie, width: int, select: "_Select"
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Leaves and scores `[users, at most width]`, in the order of the leaves."""
         device = self._model.device
@@ -143,6 +169,7 @@ class TorchBeamEngine:
         logits = _prefill(levels[0], prompts, lengths, cache)
         nodes = np.zeros((len(prompts), 1), np.int64)
         scores = torch.zeros(len(prompts), 1, device=device)
+        ranks = torch.zeros(len(prompts), 1, device=device)
         longest = int(lengths.max())
         # [users, beams, cached tokens]: what each beam attends to.
         visible = (torch.arange(longest, device=device) < lengths[:, None])[:, None]
@@ -154,9 +181,9 @@ class TorchBeamEngine:
             check_logits(bool(log_probs.isnan().any()))
             # A beam that has ended has no legal code: its softmax is NaN, masked again.
             log_probs = log_probs.log_softmax(2).masked_fill(~legal, -torch.inf)
-            candidates = (scores[:, :, None] + log_probs).flatten(1)
-            picked = _top(candidates, min(width, candidates.shape[1]))
-            scores = candidates.gather(1, picked)
+            candidates = scores[:, :, None] + log_probs
+            picked, ranks = select(candidates, ranks, width)
+            scores = candidates.flatten(1).gather(1, picked)
             nodes = np.take_along_axis(children.reshape(len(children), -1), picked.cpu().numpy(), 1)
             if level + 1 < trie.depth:
                 beams = picked.shape[1]
@@ -173,6 +200,70 @@ class TorchBeamEngine:
                     use_cache=True,
                 ).logits
         return nodes, scores.cpu().numpy()
+
+
+class _Select(Protocol):
+    """Which continuations become the beams of the next level."""
+
+    def __call__(self, candidates: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Pick up to `width` of each user's continuations.
+
+        Args:
+            candidates: log-probabilities of the continuations, `[users, beams, slots]`; -inf: none.
+            ranks: of the beams at the level before, `[users, beams]`; zeros at the root.
+            width: beams wanted.
+
+        Returns:
+            Positions among the user's beams x slots, and what is handed in as `ranks` next, each
+            `[users, picked]`.
+        """
+        ...
+
+
+def _best(candidates: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    flat = candidates.flatten(1)
+    picked = _top(flat, min(width, flat.shape[1]))
+    return picked, flat.gather(1, picked)
+
+
+class _Draws:
+    """Each beam goes on by one draw; all begin at the root."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __call__(self, candidates: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        users, beams, slots = candidates.shape
+        each = width // beams
+        chance = candidates.cpu().double().softmax(2).flatten(0, 1)
+        drawn = torch.multinomial(chance, each, replacement=True, generator=self._generator)
+        offset = torch.arange(beams).repeat_interleave(each) * slots
+        picked = (drawn.view(users, beams * each) + offset).to(candidates.device)
+        return picked, picked.new_zeros(picked.shape, dtype=candidates.dtype)
+
+
+class _DistinctDraws:
+    """Gumbel top-k: the best continuations by log-probability plus noise.
+
+    A beam's `rank` is its perturbed log-probability. Its continuations get noise of their own,
+    conditioned on their maximum being that of the beam, so that the order of whole IDs is that of
+    one independent noise each.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __call__(self, candidates: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        chance = torch.rand(candidates.shape, generator=self._generator, dtype=torch.float64)
+        noise = -(-chance.clamp_min(1e-300).log()).log()
+        noisy = candidates.double() + noise.to(candidates.device)
+        most = noisy.max(2, keepdim=True).values
+        # -log(exp(-rank) - exp(-most) + exp(-noisy)), kept finite (Kool et al. 2019, appendix B.3).
+        gap = ranks[:, :, None].double() - noisy + torch.log1p(-(noisy - most).exp())
+        moved = ranks[:, :, None].double() - gap.clamp_min(0) - torch.log1p((-gap.abs()).exp())
+        moved = moved.masked_fill(candidates == -torch.inf, -torch.inf).flatten(1)
+        picked = _top(moved, min(width, moved.shape[1]))
+        return picked, moved.gather(1, picked)
 
 
 def _longest_prompt(config: Any, depth: int) -> int:

@@ -1,5 +1,7 @@
 """The torch engine against enumeration, a beam search by loops, and Hugging Face's own."""
 
+import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +282,52 @@ def test_opening_what_cannot_be_opened(model_dir, tmp_path_factory):
 def test_a_vocabulary_that_makes_no_sense_is_refused(first, counts):
     with pytest.raises(ConfigError, match="semantic-ID vocabulary"):
         SidVocabulary(first, counts)
+
+
+def few_ids_and_their_chances():
+    """An engine, a trie of six IDs, a prompt, and the chance of each ID in the order of leaves."""
+    codes = random_ids(SMALL, 6)
+    trie = Trie.build(codes, SMALL.code_counts)
+    engine = TorchBeamEngine(MODEL, SMALL)
+    (prompt,) = random_prompts([5])
+    found = engine.search([prompt], trie, 6)
+    chances = np.empty(6)
+    chances[trie.find(found.codes[0])] = np.exp(found.log_probs[0])
+    return engine, trie, prompt, chances
+
+
+def test_draws_come_as_often_as_their_probability_says():
+    engine, trie, prompt, chances = few_ids_and_their_chances()
+    drawn = engine.sample([prompt], trie, 4000, torch.Generator().manual_seed(1), distinct=False)
+    leaves = trie.find(drawn.codes[0])
+    shares = np.bincount(leaves, minlength=6) / 4000
+    assert (np.abs(shares - chances) < 4 * np.sqrt(chances * (1 - chances) / 4000)).all()
+    np.testing.assert_allclose(drawn.log_probs[0], np.log(chances)[leaves], atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_distinct_draws_are_those_of_an_urn(n):
+    """The chance of a set is that of drawing it without replacement, in any order."""
+    engine, trie, prompt, chances = few_ids_and_their_chances()
+    rounds = 3000
+    generator = torch.Generator().manual_seed(2)
+    drawn = engine.sample([prompt] * rounds, trie, n, generator, distinct=True)
+    sets = Counter(map(frozenset, trie.find(drawn.codes.reshape(-1, trie.depth)).reshape(rounds, n).tolist()))
+    for chosen in itertools.combinations(range(6), n):
+        expected = 0.0
+        for order in itertools.permutations(chosen):
+            chance, left = 1.0, 1.0
+            for leaf in order:
+                chance, left = chance * chances[leaf] / left, left - chances[leaf]
+            expected += chance
+        error = 4 * np.sqrt(expected * (1 - expected) / rounds)
+        assert abs(sets[frozenset(chosen)] / rounds - expected) < error + 1e-9
+
+
+def test_distinct_draws_end_with_the_catalogue():
+    engine, trie, prompt, _ = few_ids_and_their_chances()
+    drawn = engine.sample([prompt, prompt], trie, 8, torch.Generator().manual_seed(3), distinct=True)
+    whole = engine.search([prompt], trie, 8)
+    for row in range(2):
+        np.testing.assert_array_equal(drawn.codes[row], whole.codes[0])
+        np.testing.assert_allclose(drawn.log_probs[row], whole.log_probs[0], atol=1e-4)
