@@ -57,7 +57,8 @@ def last_dislike_anchors(feedback: "DataFrame", horizon_days: int) -> "DataFrame
     """Explicit anchors: just before each user's last stretch of `horizon_days` that holds a dislike.
 
     Where nothing of the user's lies before that stretch (one burst), the anchor is just before the
-    burst's middle event. The stretch ends inside the log.
+    burst's middle event. The horizon after an anchor ends inside the log; a user whose only burst comes
+    too late for that has none.
     """
     return run_sql(feedback.sparkSession, "anchor", {"feedback": feedback}, horizon_days=horizon_days)
 

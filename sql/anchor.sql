@@ -34,3 +34,5 @@ SELECT
 FROM stretch s
 JOIN middle m ON s.user_id = m.user_id
 CROSS JOIN ends e
+-- A user whose only burst came too late for a whole horizon after its middle has no anchor.
+WHERE m.first_event < s.begins OR m.middle_event <= e.latest

@@ -226,6 +226,8 @@ def test_explicit_anchors_precede_the_last_stretch_with_a_dislike(frame: Any) ->
         row("long", "e", 40, 1),
         # One burst: the middle event.
         *[row("burst", f"b{n}", 50 + n / 100, -1 if n == 4 else 1) for n in range(5)],
+        # The same, too late for a horizon after it: no anchor.
+        *[row("end", f"e{n}", 57 + n / 100, -1 if n == 4 else 1) for n in range(5)],
         # No dislike: no anchor.
         row("happy", "a", 10, 1),
         # A dislike at the very end: the stretch must end inside the log.
