@@ -180,19 +180,43 @@ def train_codebook(ctx: typer.Context, until: Until, seed: Seed = 7) -> None:
     views.show_manifest(manifest)
 
 
-@train.command("generator")
-def train_generator(
-    ctx: typer.Context,
-    until: Until,
-    model: Annotated[
-        str | None, typer.Option(help="Preset in conf/models, instead of the configured one.")
-    ] = None,
-    seed: Seed = 7,
-) -> None:
-    """Fine-tune a language model to write a user's next dislike as a semantic ID.
+# Step of the curriculum -> the table it learns from.
+_STEP_TABLES = {
+    "translation": "training_translation",
+    "alignment": "training_alignment",
+    "warm_up": "training_next_negative",
+    "grpo": "training_grpo",
+}
+Model = Annotated[str | None, typer.Option(help="Preset in conf/models, instead of the configured one.")]
 
-    Builds the samples (`training_next_negative`) of the log date and the items' semantic IDs first.
+
+@train.command("generator")
+def train_generator(ctx: typer.Context, until: Until, model: Model = None, seed: Seed = 7) -> None:
+    """Train a language model to write a user's next dislikes as semantic IDs, by all steps of the curriculum.
+
+    The steps are those of the setting generator.steps. First the items' semantic IDs and the samples of
+    each step are made. A step that is finished is not trained again; after a kill, training goes on.
     """
+    _train(ctx, until, model, seed, None)
+
+
+def _step_command(step: str, about: str) -> None:
+    @train.command(
+        step.replace("_", "-"),
+        help=f"{about} Trains the steps of generator.steps up to this one, and serves nothing;"
+        " `negrec train generator` goes on from there.",
+    )
+    def command(ctx: typer.Context, until: Until, model: Model = None, seed: Seed = 7) -> None:
+        _train(ctx, until, model, seed, step)
+
+
+_step_command("translation", "Semantic ID to title and back.")
+_step_command("alignment", "Which of four items a user rejected, by a LoRA adapter that is then merged.")
+_step_command("warm_up", "Next-negative supervised fine-tuning.")
+_step_command("grpo", "Progressive GRPO on what users rejected and liked next.")
+
+
+def _train(ctx: typer.Context, until: str, model: str | None, seed: int, last_step: str | None) -> None:
     from train.generator import train_generator as fit
 
     settings: _Settings = ctx.obj
@@ -201,8 +225,13 @@ def train_generator(
             settings.warehouse, settings.config, [*settings.settings, f"generator.preset={model}"]
         )
     warehouse, day = settings.open(), _iso(until)
+    steps = list(warehouse.config.generator.steps)
+    if last_step:
+        if last_step not in steps:
+            raise ConfigError(f"generator.steps has no {last_step}; it is {', '.join(steps)}")
+        steps = steps[: steps.index(last_step) + 1]
     with reporting() as reporter:
-        for stage in ("item_semantic_id", "training_next_negative"):
+        for stage in ("item_semantic_id", *(_STEP_TABLES[step] for step in steps)):
             revision = warehouse.store.revision(stage, day) + 1
             run_stage(stage, JobContext(warehouse, day, revision, reporter.stage(stage, day)))
         manifest = fit(
@@ -212,6 +241,7 @@ def train_generator(
             day,
             seed=seed,
             progress=reporter.stage("generator", day),
+            last_step=last_step,
         )
     views.show_manifest(manifest)
 

@@ -61,6 +61,21 @@ def item_semantic_id(
     return items.mapInArrow(assign, _SCHEMA).withColumn("codebook_version", F.lit(version))
 
 
+def first_ids(semantic_ids: "DataFrame", version: str) -> "DataFrame":
+    """(item_id, codes) under a codebook: the ID an item got first, which is the one that counts.
+
+    Args:
+        semantic_ids: `item_semantic_id` rows.
+        version: codebook version.
+    """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    first = Window.partitionBy("item_id").orderBy("ds")
+    known = semantic_ids.where(F.col("codebook_version") == version)
+    return known.withColumn("n", F.row_number().over(first)).where("n = 1").select("item_id", "codes")
+
+
 def run(ctx: JobContext) -> None:
     """Append: a published ID stays, whatever happens to the item's text or to later days."""
     from pyspark.sql import Window
@@ -76,11 +91,11 @@ def run(ctx: JobContext) -> None:
     catalogue = ctx.read("item", [d for d in ctx.store.days("item") if d <= ctx.ds])
     latest = Window.partitionBy("item_id").orderBy(F.desc("ds"))
     catalogue = catalogue.withColumn("n", F.row_number().over(latest)).where("n = 1").drop("n")
-    known = ctx.read("item_semantic_id").where(F.col("codebook_version") == version)
-    unnamed = catalogue.join(known.where(F.col("ds") <= ctx.ds), "item_id", "left_anti")
+    known = ctx.read("item_semantic_id")
+    of_codebook = known.where((F.col("codebook_version") == version) & (F.col("ds") <= ctx.ds))
+    unnamed = catalogue.join(of_codebook, "item_id", "left_anti")
     # A later day may have run before this one: its IDs hold here too.
-    first = Window.partitionBy("item_id").orderBy("ds")
-    later = known.withColumn("n", F.row_number().over(first)).where("n = 1").drop("n", "ds")
+    later = first_ids(known, version).withColumn("codebook_version", F.lit(version))
     inherited = later.join(unnamed.select("item_id"), "item_id", "left_semi")
     new = unnamed.join(later, "item_id", "left_anti")
     taken = None

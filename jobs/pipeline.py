@@ -20,7 +20,13 @@ DATA_STAGES = ("feedback", "item_rate", "item_graph", "user_context", "future_fe
 MODEL_STAGES = ("item_semantic_id", "negative_item_set", "block_score", "block_list")
 DAILY_STAGES = DATA_STAGES + MODEL_STAGES
 # Made on demand: samples when a generator is trained, anchors for logs whose users come in bursts.
-EXTRA_STAGES = ("training_next_negative", "anchor")
+EXTRA_STAGES = (
+    "training_translation",
+    "training_alignment",
+    "training_next_negative",
+    "training_grpo",
+    "anchor",
+)
 
 
 class Reporter(Protocol):

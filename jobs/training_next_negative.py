@@ -20,24 +20,14 @@ def training_next_negative(
         feedback: `feedback` rows that training may see.
         settings: how many dislikes and likes a context keeps.
         window_days: how far back a context looks.
-        samples_per_user: most instants taken from one user: the last, and then each one that is as
-            many dislikes earlier as a context holds, so that no dislike is learnt from twice.
+        samples_per_user: most instants taken from one user; see `training_anchors`.
     """
-    from pyspark.sql import Window
     from pyspark.sql import functions as F
 
     targets = feedback.where("polarity = -1").select(
         "user_id", F.col("event_time").alias("anchor_time"), F.col("item_id").alias("target")
     )
-    latest_first = Window.partitionBy("user_id").orderBy(F.desc("anchor_time"))
-    stride = settings.max_negatives + 1
-    chosen = (
-        targets.select("user_id", "anchor_time")
-        .distinct()
-        .withColumn("n", F.row_number().over(latest_first) - 1)
-        .where((F.col("n") % stride == 0) & (F.col("n") < samples_per_user * stride))
-        .drop("n")
-    )
+    chosen = training_anchors(targets, settings, samples_per_user)
     contexts = user_context(feedback, chosen, settings, window_days)
     nothing = F.array().cast(contexts.schema["negatives"].dataType)
     # A user's first event has no past; such rows teach what to say of a user nothing is known of.
@@ -55,11 +45,35 @@ def training_next_negative(
     )
 
 
-def run(ctx: JobContext) -> None:
+def training_anchors(targets: "DataFrame", settings: ContextConfig, samples_per_user: int) -> "DataFrame":
+    """Instants (user_id, anchor_time) to learn from, of `targets` with those columns.
+
+    A user's last, and then each one that is as many instants earlier as a context holds dislikes, so
+    that no dislike is learnt from twice; `samples_per_user` at most.
+    """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    latest_first = Window.partitionBy("user_id").orderBy(F.desc("anchor_time"))
+    stride = settings.max_negatives + 1
+    return (
+        targets.select("user_id", "anchor_time")
+        .distinct()
+        .withColumn("n", F.row_number().over(latest_first) - 1)
+        .where((F.col("n") % stride == 0) & (F.col("n") < samples_per_user * stride))
+        .drop("n")
+    )
+
+
+def learnable(ctx: JobContext) -> "DataFrame":
+    """The feedback that training may see: before its user's anchor, of users not held out."""
     feedback = visible(ctx, ctx.read_window("feedback"))
-    share = ctx.config.calibration.held_out_share
+    return feedback.where(~held_out(feedback["user_id"], ctx.config.calibration.held_out_share))
+
+
+def run(ctx: JobContext) -> None:
     rows = training_next_negative(
-        feedback.where(~held_out(feedback["user_id"], share)),
+        learnable(ctx),
         ctx.config.context,
         ctx.config.window_days,
         ctx.config.generator.samples_per_user,

@@ -103,22 +103,83 @@ class CodebookConfig(_Model):
     max_dead_share: Share = Field(description="release gate: share of a level's codes without item")
 
 
-class GeneratorConfig(_Model):
-    """Training of the generator."""
-
-    preset: str = Field(description="name of a file in conf/models")
-    prompt: str = Field(description="name of a file in conf/prompts")
-    prompt_tokens: Positive = Field(description="longest prompt; older events are cut first")
+class _TrainingConfig(_Model):
     epochs: float = Field(gt=0, description="passes over the samples")
     max_steps: int = Field(description="-1: no limit")
     batch_size: Positive = Field(description="samples in one step")
     learning_rate: float = Field(gt=0, description="at its highest, after the warm-up")
-    samples_per_user: Positive = Field(description="most training anchors of one user, latest first")
+
+
+class TranslationConfig(_TrainingConfig):
+    """Semantic ID to title, and title to semantic ID (DESIGN section 7, 1)."""
+
+
+class AlignmentConfig(_TrainingConfig):
+    """Which of four items the user rejected (DESIGN section 7, 2)."""
+
+    lora_rank: Positive = Field(description="rank of the adapter that is trained and then merged")
+    min_rejections: Positive = Field(description="a target was rejected at least this often before")
+    prefix_levels: int = Field(
+        ge=0,
+        description="rejections of items that share this many codes count together; 0: of the item alone",
+    )
+    max_per_item: Positive = Field(description="most samples with the same target")
+
+
+class WarmUpConfig(_TrainingConfig):
+    """Next-negative supervised fine-tuning (DESIGN section 7, 3)."""
+
     like_weight: Share = Field(
         description="weight of the likes in a context as targets of training; a dislike's is 1"
     )
     event_dropout: Share = Field(description="chance of an event to be left out of a training context")
     shuffle_share: Share = Field(description="chance of a training context to be put in random order")
+
+
+class GrpoStageConfig(_Model):
+    """One stage of progressive GRPO."""
+
+    context: Literal["recent_negatives", "negatives", "both"] = Field(
+        description="what of the past the prompt shows: recent dislikes, all dislikes, likes too"
+    )
+    kl: float = Field(ge=0, description="weight of the divergence from the model at the stage's start")
+    steps: Positive = Field(description="updates")
+
+
+class GrpoConfig(_Model):
+    """Progressive GRPO (DESIGN section 7, 4)."""
+
+    stages: list[GrpoStageConfig] = Field(description="in order")
+    scheme: Literal["a", "b", "c", "d", "e"] = Field(description="reward scheme, DESIGN section 7")
+    gamma: float = Field(ge=0, description="penalty for nearness to what the user likes next")
+    group_size: int = Field(ge=2, description="semantic IDs drawn per prompt")
+    prompts: Positive = Field(description="prompts in one step")
+    rollouts: Literal["distinct", "independent"] = Field(
+        description="draw a group without replacement (Gumbel top-k) or with it"
+    )
+    learning_rate: float = Field(gt=0, description="at its highest, after the warm-up")
+    recent_days: Positive = Field(description="what counts as recent")
+    augment_above: Share = Field(
+        description="between stages, samples whose best predictions come this near (cosine) to a"
+        " future like are seen once more"
+    )
+
+
+class GeneratorConfig(_Model):
+    """Training of the generator: a curriculum of steps, each starting from the one before."""
+
+    preset: str = Field(description="name of a file in conf/models")
+    prompt: str = Field(description="name of a file in conf/prompts")
+    prompt_tokens: Positive = Field(description="longest prompt; older events are cut first")
+    steps: list[Literal["translation", "alignment", "warm_up", "grpo"]] = Field(
+        description="of the curriculum, in order"
+    )
+    samples_per_user: Positive = Field(description="most training anchors of one user, latest first")
+    checkpoint_steps: Positive = Field(description="updates between two checkpoints")
+    translation: TranslationConfig
+    alignment: AlignmentConfig
+    warm_up: WarmUpConfig
+    grpo: GrpoConfig
 
 
 class GenerationConfig(_Model):

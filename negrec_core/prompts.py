@@ -7,7 +7,7 @@ concatenation of token ids, the same in training and in generation, and no token
 import datetime as dt
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class PromptWriter:
         head: tokens every prompt starts with; its first is the beginning-of-sequence token.
         liked: tokens before the semantic ID of a liked item.
         disliked: tokens before the semantic ID of a disliked item, and the question at the end.
+        one_of: tokens before the semantic IDs that an answer is to be chosen from.
         pad: token that fills a prompt on the left.
         max_tokens: longest prompt.
     """
@@ -47,6 +48,7 @@ class PromptWriter:
     head: tuple[int, ...]
     liked: tuple[int, ...]
     disliked: tuple[int, ...]
+    one_of: tuple[int, ...]
     pad: int
     max_tokens: int
 
@@ -89,6 +91,13 @@ class PromptWriter:
             positions = [(at + shift, disliked) for at, disliked in positions]
         return tokens, positions
 
+    def asking(self, options: Sequence[tuple[int, ...]]) -> "PromptWriter":
+        """A writer whose prompts name the token blocks of the semantic IDs that may be the answer."""
+        head = [*self.head, *self.one_of]
+        for option in options:
+            head += option
+        return replace(self, head=tuple(head))
+
     def save(self, directory: Path) -> None:
         (directory / PROMPT_FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
@@ -105,6 +114,7 @@ class PromptWriter:
                 tuple(raw["head"]),
                 tuple(raw["liked"]),
                 tuple(raw["disliked"]),
+                tuple(raw["one_of"]),
                 raw["pad"],
                 raw["max_tokens"],
             )

@@ -191,12 +191,29 @@ TRAINING_NEXT_NEGATIVE = _table(
     bucketed=True,
 )
 
-FUTURE_FEEDBACK = _table(
-    "future_feedback",
-    "one (user, anchor) label; known as of ds",
-    ("user_id", "anchor_time"),
+TRAINING_TRANSLATION = _table(
+    "training_translation",
+    "one translation sample",
+    ("item_id", "task"),
+    _ITEM,
+    _column("task", pa.string(), "sid_to_title or title_to_sid"),
+)
+
+TRAINING_ALIGNMENT = _table(
+    "training_alignment",
+    "one item-level alignment sample: which of four items the user rejected",
+    ("user_id", "anchor_time", "target"),
     _USER,
     _ANCHOR,
+    _column("target", pa.string(), "item disliked at the first instant after the anchor"),
+    _column("distractors", pa.list_(pa.string()), "three items liked before the anchor"),
+    _column("negatives", pa.list_(_EVENT_REF), "disliked before the anchor, most recent first"),
+    _column("positives", pa.list_(_EVENT_REF), "liked before the anchor, most recent first"),
+    _column("held_out", pa.bool_(), "of a user that training does not see: measures forgetting"),
+    bucketed=True,
+)
+
+_FUTURE = (
     _column("future_negatives", pa.list_(pa.string()), "items disliked within the horizon"),
     _column(
         "expanded_negatives",
@@ -204,6 +221,27 @@ FUTURE_FEEDBACK = _table(
         "top Swing neighbours of the future negatives, best first",
     ),
     _column("future_positives", pa.list_(pa.string()), "items liked within the horizon"),
+)
+
+TRAINING_GRPO = _table(
+    "training_grpo",
+    "one context with the horizon that followed it, for rewards",
+    ("user_id", "anchor_time"),
+    _USER,
+    _ANCHOR,
+    _column("negatives", pa.list_(_EVENT_REF), "disliked before the anchor, most recent first"),
+    _column("positives", pa.list_(_EVENT_REF), "liked before the anchor, most recent first"),
+    *_FUTURE,
+    bucketed=True,
+)
+
+FUTURE_FEEDBACK = _table(
+    "future_feedback",
+    "one (user, anchor) label; known as of ds",
+    ("user_id", "anchor_time"),
+    _USER,
+    _ANCHOR,
+    *_FUTURE,
     bucketed=True,
 )
 
@@ -297,6 +335,9 @@ TABLES: dict[str, Table] = {
         ITEM_GRAPH,
         USER_CONTEXT,
         TRAINING_NEXT_NEGATIVE,
+        TRAINING_TRANSLATION,
+        TRAINING_ALIGNMENT,
+        TRAINING_GRPO,
         FUTURE_FEEDBACK,
         ITEM_RATE,
         ITEM_SEMANTIC_ID,

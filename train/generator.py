@@ -1,31 +1,38 @@
-"""`negrec train generator`: next-negative supervised fine-tuning (DESIGN section 7, warm-up).
+"""`negrec train generator`: the curriculum that makes a generator (DESIGN section 7).
 
-A sample is a user's past before an anchor and the item disliked at it. The loss covers the target's
-codes and, since each is the next event of its kind after its own prefix, those of the past.
+Each step starts from the model of the one before. A finished step is kept in `models/training` under a
+name made of all it depends on, so that a run that was killed, or that changes a later step only, does
+not train it again; inside a step training goes on from its last checkpoint.
 """
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig
-
-from negrec_core.artefacts import Manifest, new_version, seal
+from negrec_core.artefacts import MANIFEST, Manifest, new_version, open_version, seal
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore
-from negrec_core.errors import InputError
-from negrec_core.generator import GENERATOR, newest, open_codebook
+from negrec_core.generator import CODEBOOK, GENERATOR, newest, open_codebook
+from negrec_core.items import load_items
 from negrec_core.progress import Progress
+from negrec_core.resources import resource
 from negrec_core.semantic_ids import load_semantic_ids
-from negrec_core.trie import Trie
-from train.likelihood import ConstrainedTrainer
+from train import alignment, grpo, translation, warm_up
 from train.models import build_model, load_prompt_text
 from train.plots import plot_curve
-from train.samples import SampleWriter, load_samples
+from train.steps import Student, Task
+
+TRAINING = "training"
+STEPS: dict[str, ModuleType] = {
+    "translation": translation,
+    "alignment": alignment,
+    "warm_up": warm_up,
+    "grpo": grpo,
+}
 
 
 def train_generator(
@@ -36,8 +43,9 @@ def train_generator(
     *,
     seed: int,
     progress: Progress,
+    last_step: str | None = None,
 ) -> Manifest:
-    """Train a generator on `training_next_negative` of the log date `until` and store it.
+    """Train a generator by the steps of `generator.steps` and store it.
 
     Args:
         store: the Delta tables.
@@ -45,113 +53,111 @@ def train_generator(
         config: section `generator` says what to train.
         until: log date; nothing after its end is read.
         seed: of weights and sample order.
-        progress: told (steps done, steps in all).
+        progress: told (steps done, steps in all) by each step.
+        last_step: stop after this step, without a generator that would be served.
+
+    Returns:
+        The manifest of the generator, or of the last step.
 
     Raises:
         MissingError: no codebook up to `until`, or no samples were built for it.
         InputError: there is no sample to learn from.
     """
-    settings = config.generator
-    codebook_version = newest(models, "codebook", until).version
-    codebook, codebook_manifest = open_codebook(models, codebook_version)
-    store.require("training_next_negative", [until], f"run `negrec train generator --until {until}`")
-    version = store.version("training_next_negative")
-    rows = store.read("training_next_negative", days=[until], version=version)
-    ids = load_semantic_ids(store, codebook_version, until)
+    codebook, codebook_manifest = open_codebook(models, newest(models, CODEBOOK, until).version)
+    ids = load_semantic_ids(store, codebook_manifest.version, until)
+    task = Task(store, config, until, seed, codebook, codebook_manifest, ids, progress)
+    student, path, made = _first_student(task), None, []
+    for name in config.generator.steps:
+        student, path, manifest = _run_step(models, name, task, student)
+        made.append(manifest)
+        if name == last_step:
+            return manifest
+    out = new_version(models, GENERATOR)
+    if path is None:
+        student.save(out)
+    else:
+        _link_files(path, out)
+    parameters = {
+        "until": until,
+        "codebook_version": codebook_manifest.version,
+        "codebook_digest": codebook_manifest.digest,
+        "held_out_share": config.calibration.held_out_share,
+        "seed": seed,
+        "training": [manifest.version for manifest in made],
+        **config.generator.model_dump(),
+    }
+    metrics = {"parameters": student.model.num_parameters()}
+    metrics |= {
+        name if len(made) == 1 else f"{step}.{name}": value
+        for step, manifest in zip(config.generator.steps, made, strict=True)
+        for name, value in manifest.metrics.items()
+    }
+    inputs = {table: version for manifest in made for table, version in manifest.inputs.items()}
+    return seal(out, parameters=parameters, metrics=metrics, inputs=inputs)
+
+
+def _first_student(task: Task) -> Student:
+    """The preset's model with semantic-ID tokens."""
+    settings = task.config.generator
+    titles: list[str] = []
+    if "translation" in settings.steps:
+        items = load_items(task.store, task.until, columns=["title"])
+        titles = [title for title in items["title"].to_pylist() if title]
+    text = load_prompt_text(settings.prompt)
     model, tokenizer, prompt = build_model(
-        settings.preset,
-        load_prompt_text(settings.prompt),
-        codebook,
+        settings.preset, text, task.codebook, settings.prompt_tokens, task.seed, titles
+    )
+    made_of = [
+        resource("conf", "models", f"{settings.preset}.yaml").read_text(encoding="utf-8"),
+        text.model_dump(),
+        task.codebook_manifest.digest,
         settings.prompt_tokens,
-        seed,
-    )
-    samples = load_samples(rows, ids.index)
-    if not len(samples):
-        raise InputError(
-            f"table training_next_negative: ds={until} has no sample whose item has a semantic ID;"
-            " import feedback with dislikes, and run the stage item_semantic_id"
-        )
-    path = new_version(models, GENERATOR)
-    trainer = ConstrainedTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(path / ".training"),
-            num_train_epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            weight_decay=0.01,
-            seed=seed,
-            data_seed=seed,
-            max_length=None,
-            # Prompts differ much in length: alike ones together waste least on padding.
-            train_sampling_strategy="group_by_length",
-            logging_steps=20,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            bf16=False,
-            use_cpu=not _has_gpu(),
-        ),
-        train_dataset=samples,
-        data_collator=SampleWriter(
-            prompt,
-            prompt.blocks(ids.codes),
-            settings.like_weight,
-            config.generation.pad_prompts_to,
-            settings.event_dropout,
-            settings.shuffle_share,
-            np.random.default_rng(seed),
-        ),
-        processing_class=tokenizer,
-        callbacks=[_Report(progress)],
-        trie=Trie.build(ids.codes, codebook.code_counts),
-        vocabulary=prompt.vocabulary,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    shutil.rmtree(path / ".training", ignore_errors=True)
-    model.save_pretrained(path, safe_serialization=True)
-    tokenizer.save_pretrained(path)
-    prompt.save(path)
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry]
-    (path / "curve.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
-    plot_curve(curve, path / "curve.png", "Next-negative fine-tuning")
-    return seal(
-        path,
-        parameters={
-            "until": until,
-            "codebook_version": codebook_version,
-            "codebook_digest": codebook_manifest.digest,
-            "held_out_share": config.calibration.held_out_share,
-            "seed": seed,
-            **settings.model_dump(),
-        },
-        metrics={
-            "samples": len(samples),
-            "steps": trainer.state.global_step,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "loss": curve[-1]["loss"] if curve else None,
-        },
-        inputs={"training_next_negative": version},
-    )
+        task.seed,
+        titles,
+    ]
+    return Student(model, tokenizer, prompt, _digest(made_of))
 
 
-class _Report(TrainerCallback):
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+def _run_step(models: Path, name: str, task: Task, student: Student) -> tuple[Student, Path, Manifest]:
+    step = STEPS[name]
+    samples = step.load(task)
+    settings = getattr(task.config.generator, name).model_dump()
+    made_of = [
+        name,
+        student.digest,
+        samples.digest,
+        settings,
+        task.config.generation.pad_prompts_to,
+        task.seed,
+    ]
+    version = f"{name}-{_digest(made_of)[:16]}"
+    path = models / TRAINING / version
+    if not (path / MANIFEST).is_file():
+        work = path / ".checkpoints"
+        work.mkdir(parents=True, exist_ok=True)
+        outcome = step.fit(task, student, samples, work)
+        trained = Student(outcome.model, student.tokenizer, student.prompt, "")
+        trained.save(path)
+        metrics = outcome.metrics
+        if "alignment" in task.config.generator.steps:
+            metrics = {**metrics, "alignment_accuracy": alignment.accuracy(task, trained)}
+        (path / f"curve_{name}.json").write_text(json.dumps(outcome.curve, indent=1), encoding="utf-8")
+        plot_curve(outcome.curve, path / f"curve_{name}.png", name)
+        shutil.rmtree(work)
+        seal(path, parameters=settings, metrics=metrics, inputs=samples.inputs)
+    path, manifest = open_version(models, TRAINING, version)
+    return Student.open(path, manifest.digest), path, manifest
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._progress(state.global_step, state.max_steps)
+
+def _link_files(source: Path, target: Path) -> None:
+    """The files of a finished step, as links where the file system has them: models are large."""
+    for file in source.iterdir():
+        if file.is_file() and file.name != MANIFEST:
+            try:
+                os.link(file, target / file.name)
+            except OSError:
+                shutil.copy2(file, target / file.name)
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available())
+def _digest(made_of: Any) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

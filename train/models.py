@@ -1,6 +1,8 @@
 """Language models to start from: the presets of conf/models, with semantic-ID tokens added."""
 
 import importlib.util
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +29,8 @@ from negrec_core.resources import resource
 
 # vLLM and tensor cores want a vocabulary that divides evenly.
 _VOCABULARY_MULTIPLE = 64
+# Words of titles that a model from scratch knows.
+_TITLE_WORDS = 5000
 # Standard deviation of a new model's code tokens: above its other weights (0.02), so that what the
 # codewords say is heard from the first step.
 _SCRATCH_SPREAD = 0.06
@@ -73,6 +77,10 @@ class PromptText(_Preset):
     head: str
     liked: str
     disliked: str
+    one_of: str
+    title_of: str
+    item_called: str
+    answer: str
 
 
 def load_preset(name: str) -> ScratchPreset | PretrainedPreset | GgufPackagePreset:
@@ -97,7 +105,12 @@ def load_prompt_text(name: str) -> PromptText:
 
 
 def build_model(
-    preset_name: str, text: PromptText, codebook: Codebook, max_tokens: int, seed: int
+    preset_name: str,
+    text: PromptText,
+    codebook: Codebook,
+    max_tokens: int,
+    seed: int,
+    titles: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PromptWriter]:
     """A model that knows the semantic-ID tokens, its tokenizer and its prompt writer.
 
@@ -107,13 +120,15 @@ def build_model(
         codebook: whose codes become tokens; similar codewords start as similar tokens.
         max_tokens: longest prompt.
         seed: of new weights.
+        titles: what the model is to read and write besides prompts; a model that starts from scratch
+            gets tokens for their commonest words.
     """
     preset = load_preset(preset_name)
     torch.manual_seed(seed)
     code_counts = codebook.code_counts
     tokens = [sid_token(level, code) for level, n in enumerate(code_counts) for code in range(n)]
     if isinstance(preset, ScratchPreset):
-        tokenizer: PreTrainedTokenizerBase = _word_tokenizer(text, tokens)
+        tokenizer: PreTrainedTokenizerBase = _word_tokenizer(text, tokens, titles)
         model = _scratch_model(preset, tokenizer, max_tokens + len(code_counts))
         mean, spread = torch.zeros(preset.hidden_size), torch.tensor(_SCRATCH_SPREAD)
     else:
@@ -133,9 +148,13 @@ def build_model(
     return model, tokenizer, prompt
 
 
-def _word_tokenizer(text: PromptText, sid_tokens: list[str]) -> PreTrainedTokenizerFast:
+def _word_tokenizer(
+    text: PromptText, sid_tokens: list[str], titles: Sequence[str]
+) -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3}
-    for word in f"{text.head} {text.liked} {text.disliked}".split():
+    counts = Counter(word for title in titles for word in title.split())
+    common = [word for word, n in counts.most_common(_TITLE_WORDS) if n > 1]
+    for word in [*" ".join(text.model_dump().values()).split(), *common]:
         vocabulary.setdefault(word, len(vocabulary))
     for token in sid_tokens:
         vocabulary[token] = len(vocabulary)
@@ -262,6 +281,7 @@ def _prompt_writer(
         head,
         ids(text.liked),
         ids(text.disliked),
+        ids(text.one_of),
         pad,
         max_tokens,
     )

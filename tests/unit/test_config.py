@@ -126,7 +126,7 @@ def test_values_are_yaml():
             "feedback.implicit.surfaces=[feed, search]",
             "codebook.codes_per_level=null",
             "spark.conf={spark.executor.memory: 4g}",
-            "generator.learning_rate=1e-4",
+            "generator.warm_up.learning_rate=1e-4",
             "swing={top_k: 3}",
         ],
         environment={},
@@ -134,7 +134,7 @@ def test_values_are_yaml():
     assert config.feedback.implicit.surfaces == ["feed", "search"]
     assert config.codebook.codes_per_level is None
     assert config.spark.conf["spark.executor.memory"] == "4g"
-    assert config.generator.learning_rate == 1e-4
+    assert config.generator.warm_up.learning_rate == 1e-4
     assert config.swing.top_k == 3
     assert config.swing.alpha1 == load_config(environment={}).swing.alpha1
 

@@ -21,7 +21,7 @@ DS = "2026-03-10"
 def save_generator(root, codebook_manifest, code_counts=(4, 4, 4), until=DS, **parameters):
     path = new_version(root / "models", GENERATOR)
     first = tuple(10 + sum(code_counts[:level]) for level in range(len(code_counts)))
-    PromptWriter(SidVocabulary(first, code_counts), (1,), (2,), (3,), 0, 32).save(path)
+    PromptWriter(SidVocabulary(first, code_counts), (1,), (2,), (3,), (4,), 0, 32).save(path)
     (path / "model.safetensors").write_bytes(b"weights")
     return seal(
         path,

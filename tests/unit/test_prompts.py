@@ -91,7 +91,7 @@ def test_what_is_cut_is_the_oldest(writer, events):
 
 
 def test_a_prompt_reads_in_time_order():
-    writer = PromptWriter(VOCABULARY, (1, 2), (3,), (4, 5), PAD, 20)
+    writer = PromptWriter(VOCABULARY, (1, 2), (3,), (4, 5), (6,), PAD, 20)
     past = [Event(9, True, 0), Event(3, False, len(CODES) - 1)]
     tokens, positions = writer.write(past, writer.blocks(CODES), 8)
     assert tokens == [0, 0, 0, 1, 2, 3, 23, 29, 37, 4, 5, 20, 24, 30, 4, 5]
@@ -119,7 +119,7 @@ def test_save_and_load_give_the_same_writer(tmp_path_factory, writer):
     ],
 )
 def test_a_damaged_prompt_file_is_refused(tmp_path, change):
-    PromptWriter(VOCABULARY, (1,), (2,), (3,), PAD, 20).save(tmp_path)
+    PromptWriter(VOCABULARY, (1,), (2,), (3,), (4,), PAD, 20).save(tmp_path)
     file = tmp_path / PROMPT_FILE
     text = change(json.loads(file.read_text()))
     if text is None:

@@ -28,7 +28,7 @@ from train.samples import SampleWriter, load_samples
 
 T0 = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
 # Head 1, liked 2, disliked 3, padding 0; codes from 10, 20 and 30.
-PROMPT = PromptWriter(SidVocabulary((10, 20, 30), (4, 4, 4)), (1,), (2,), (3,), 0, 64)
+PROMPT = PromptWriter(SidVocabulary((10, 20, 30), (4, 4, 4)), (1,), (2,), (3,), (4,), 0, 64)
 SIDS = {"a": 0, "b": 1, "c": 2}
 BLOCKS = [(10, 20, 30), (11, 21, 31), (12, 22, 32)]
 A, B, C = ([*block] for block in BLOCKS)
@@ -59,9 +59,9 @@ class Written(NamedTuple):
 
 def samples(*rows, like_weight=0.0, multiple_of=1, prompt=PROMPT, dropout=0.0, shuffle=0.0, seed=0):
     rng = np.random.default_rng(seed)
-    writer = SampleWriter(prompt, BLOCKS, like_weight, multiple_of, dropout, shuffle, rng)
+    writer = SampleWriter(prompt, BLOCKS, like_weight, 1.0, multiple_of, dropout, shuffle, seed)
     stored = load_samples(table(*rows), SIDS)
-    return [Written(*writer.write(row["sids"], row["disliked"], row["target"])) for row in stored]
+    return [Written(*writer.write(row, rng)) for row in stored]
 
 
 def test_target_comes_last_and_dislikes_are_learned_likes_not():
@@ -100,7 +100,7 @@ def test_labels_move_with_the_padding_of_the_prompt():
 
 
 def test_old_events_are_cut_and_the_target_is_not():
-    short = PromptWriter(PROMPT.vocabulary, (1,), (2,), (3,), 0, 7)
+    short = PromptWriter(PROMPT.vocabulary, (1,), (2,), (3,), (4,), 0, 7)
     (sample,) = samples(("c", past(("a", 2), ("b", 1)), []), prompt=short)
     assert sample.input_ids == [1, 3, *A, 3, *C]
 
@@ -127,7 +127,7 @@ def test_variations_leave_events_out_and_move_them_but_keep_the_target():
 
 def test_a_batch_is_padded_on_the_right_where_nothing_is_learnt():
     stored = load_samples(table(("c", past(("a", 2)), []), ("a", [], [])), SIDS)
-    writer = SampleWriter(PROMPT, BLOCKS, 0.0, 1, 0.0, 0.0, np.random.default_rng(0))
+    writer = SampleWriter(PROMPT, BLOCKS, 0.0, 1.0, 1, 0.0, 0.0, seed=0)
     batch = {name: value.tolist() for name, value in writer(list(stored)).items()}
     assert batch["input_ids"] == [[1, 3, *A, 3, *C], [1, 3, *A, 0, 0, 0, 0]]
     assert batch["attention_mask"] == [[1] * 9, [1] * 5 + [0] * 4]
@@ -137,7 +137,7 @@ def test_a_batch_is_padded_on_the_right_where_nothing_is_learnt():
 
 def test_tokens_are_contiguous_per_level_and_the_head_is_tied():
     counts = (4, 8, 2)
-    text = load_prompt_text("next_negative")
+    text = load_prompt_text("plain")
     model, tokenizer, prompt = build_model("tiny", text, small_codebook(counts), 64, seed=1)
     vocabulary = tokenizer.get_vocab()
     for level, first in enumerate(prompt.vocabulary.first_token):
@@ -158,7 +158,7 @@ def test_tokens_are_contiguous_per_level_and_the_head_is_tied():
 
 
 def test_the_seed_decides_the_first_weights():
-    text = load_prompt_text("next_negative")
+    text = load_prompt_text("plain")
     one, same, other = (build_model("tiny", text, small_codebook((4, 4)), 64, seed)[0] for seed in (1, 1, 2))
     weights = [model.get_input_embeddings().weight for model in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
@@ -169,7 +169,7 @@ def test_codes_of_similar_codewords_start_as_similar_tokens():
     words = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
     words[1] = words[0]  # the same codeword twice: alike, and yet two tokens
     codebook = Codebook((), (words, words[:1]))
-    model, _, prompt = build_model("tiny", load_prompt_text("next_negative"), codebook, 64, seed=1)
+    model, _, prompt = build_model("tiny", load_prompt_text("plain"), codebook, 64, seed=1)
     first = prompt.vocabulary.first_token[0]
     tokens = model.get_input_embeddings().weight.detach()[first : first + 6]
     cosine = torch.nn.functional.cosine_similarity(tokens[None], tokens[:, None], dim=-1).numpy()
@@ -181,7 +181,7 @@ def test_codes_of_similar_codewords_start_as_similar_tokens():
 
 
 def test_a_prompt_too_short_for_one_event_is_refused():
-    text = load_prompt_text("next_negative")
+    text = load_prompt_text("plain")
     with pytest.raises(ConfigError, match=r"generator.prompt_tokens: 8 is too short .* it needs (\d+)") as no:
         build_model("tiny", text, small_codebook(), 8, seed=1)
     least = int(str(no.value).rsplit(" ", 1)[1])
@@ -190,7 +190,7 @@ def test_a_prompt_too_short_for_one_event_is_refused():
 
 def test_an_unknown_preset_is_one_line_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"no such.yaml .* tiny.yaml") as raised:
-        build_model("no such", load_prompt_text("next_negative"), small_codebook(), 64, seed=1)
+        build_model("no such", load_prompt_text("plain"), small_codebook(), 64, seed=1)
     assert "\n" not in str(raised.value)
 
 
@@ -199,7 +199,7 @@ def test_an_unknown_preset_is_one_line_with_the_known_ones():
 )
 def test_pretrained_model_of_the_package_gains_tokens(tmp_path):
     counts = (3, 3, 3)
-    text = load_prompt_text("next_negative")
+    text = load_prompt_text("plain")
     model, tokenizer, prompt = build_model("smollm2-135m", text, small_codebook(counts), 64, seed=1)
     table = model.get_input_embeddings().weight.detach()
     first = prompt.vocabulary.first_token[0]
@@ -219,7 +219,7 @@ def test_pretrained_model_of_the_package_gains_tokens(tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
-SETTINGS = ("generator.preset=tiny", "generator.max_steps=3", "generator.batch_size=4")
+SETTINGS = ("generator.preset=tiny", "generator.warm_up.max_steps=3", "generator.warm_up.batch_size=4")
 ITEMS = {"a": (0, 1, 2), "b": (1, 1, 2), "c": (2, 0, 3)}
 
 
@@ -260,7 +260,9 @@ def test_equal_seeds_make_equal_weights(store):
 
 
 def test_training_moves_the_weights_towards_the_samples(store):
-    manifest = trained(store, settings=(*SETTINGS, "generator.max_steps=20", "generator.learning_rate=0.01"))
+    manifest = trained(
+        store, settings=(*SETTINGS, "generator.warm_up.max_steps=20", "generator.warm_up.learning_rate=0.01")
+    )
     # A uniform guess costs log 64 a token; these 12 equal samples are soon known by heart. The
     # figure is the mean of all steps.
     assert manifest.metrics["loss"] < 0.6 * np.log(64)
