@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from peft import LoraConfig, TaskType
 from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ def load(task: Task) -> SidSamples:
     task.store.require(TABLE, [task.until], f"run `negrec train alignment --until {task.until}`")
     version = task.store.version(TABLE)
     rows = task.store.read(TABLE, days=[task.until], version=version)
-    samples = load_samples(rows.filter([not held for held in rows["held_out"].to_pylist()]), task.ids.index)
+    samples = load_samples(rows.filter(pc.invert(rows["held_out"])), task.ids.index)
     if not len(samples):
         raise InputError(
             f"table {TABLE}: ds={task.until} has no sample; lower generator.alignment.min_rejections or"

@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 _OPTIMIZER = "optimizer.safetensors"
 _SCHEDULE = "schedule.json"
+_RANDOM = "random_state_{}.safetensors"
 _STATE = "trainer_state.json"
 
 
@@ -31,11 +32,9 @@ def latest_checkpoint(directory: Path) -> str | None:
 
 
 class SafeCheckpoints:
-    """A mixin of `transformers.Trainer`: the optimizer in safetensors, the schedule in JSON.
+    """A mixin of `transformers.Trainer`: optimizer and random state in safetensors, the schedule in JSON."""
 
-    Random states are not kept: what these trainings draw depends on the seed and the step alone.
-    """
-
+    args: Any
     optimizer: Any
     lr_scheduler: Any
 
@@ -62,7 +61,15 @@ class SafeCheckpoints:
         self.lr_scheduler.load_state_dict(rest["scheduler"])
 
     def _save_rng_state(self, output_dir: str) -> None:
-        pass
+        states = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        save_file(states, Path(output_dir) / _RANDOM.format(self.args.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        pass
+        if checkpoint is None:
+            return
+        states = load_file(Path(checkpoint) / _RANDOM.format(self.args.process_index))
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])

@@ -301,6 +301,8 @@ def _with_output_of(model: PreTrainedModel, first: int, count: int) -> PreTraine
         part.bias = nn.Parameter(head.bias.detach()[rows], requires_grad=False)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
+    # Trainers hang a forward on the object that is bound to it, and so to the whole output layer.
+    twin.__dict__.pop("forward", None)
     twin.set_output_embeddings(part)
     return twin
 

@@ -1,6 +1,7 @@
 """The torch engine against enumeration, a beam search by loops, and Hugging Face's own."""
 
 import itertools
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -186,6 +187,17 @@ def test_follows_a_model_in_training_and_leaves_its_mode_alone():
     assert model.lm_head.out_features == 40
     assert_equal_beams(result, 0, loop_beam_search(model.eval(), [BOS, 8, 9], ids, SMALL, 5))
     assert result.codes.tolist() != before.codes.tolist()
+
+
+def test_a_forward_that_a_trainer_hung_on_the_model_is_passed_by():
+    ids = random_ids(SMALL, 40)
+    trie = Trie.build(ids, SMALL.code_counts)
+    prompts = random_prompts(LENGTHS)
+    expected = TorchBeamEngine(MODEL, SMALL).search(prompts, trie, 4)
+    model = tiny_model()
+    model.forward = types.MethodType(type(model).forward, model)
+    found = TorchBeamEngine(model, SMALL).search(prompts, trie, 4)
+    np.testing.assert_array_equal(found.codes, expected.codes)
 
 
 @pytest.fixture
