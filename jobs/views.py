@@ -20,6 +20,7 @@ from negrec_core.config import Config
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, GENERATOR
 from negrec_core.items import load_items
+from negrec_core.metrics import FIGURES, LEADS, Estimate
 from negrec_core.schemas import TABLES
 
 if TYPE_CHECKING:
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
     from train.evaluate import Evaluation
 
 _SHOWN = 8
-_DEPLOYMENT = {
-    "blocked_at_1": "blocked at 1 %",
-    "blocked_at_5": "blocked at 5 %",
-    "auc": "AUC",
-    "within_user_auc": "AUC within user",
-}
-_PREDICTION = {"hr": "HR@20", "fhr": "FHR@20", "luf": "LUF@20", "lif": "LIF@20"}
 
 
 def show_import(summary: "ImportSummary") -> None:
@@ -196,25 +190,18 @@ def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
         " 95 % intervals over users"
     )
     console.print(head)
-    for columns in (_DEPLOYMENT, _PREDICTION):
-        view = Table("", *columns.values())
-        for row in evaluation.rows:
-            cells = [getattr(row, name) for name in columns]
-            view.add_row(row.method, *(f"{c.value:.3f} [{c.low:.3f} {c.high:.3f}]" for c in cells))
-        console.print(view)
     ours, *others = evaluation.rows
-    for name, label in (
-        ("blocked_at_1", "blocked at 1 %"),
-        ("blocked_at_5", "blocked at 5 %"),
-        ("fhr", "FHR@20"),
-    ):
-        ranked = sorted(others, key=lambda row: getattr(row, name).value, reverse=True)
-        margins = (
-            f"{getattr(ours, name).value / getattr(row, name).value:.2f}x {row.method}"
-            for row in ranked
-            if getattr(row, name).value
-        )
-        console.print(f"{label}: negrec has {', '.join(margins)}")
+    for about, names in FIGURES.items():
+        view = Table(about, *names)
+        for row in evaluation.rows:
+            view.add_row(row.method, *(_estimate(row.figures[name]) for name in names))
+        console.print(view)
+    view = Table(
+        f"lead of {ours.method} over", *LEADS, caption="intervals are those of the paired difference"
+    )
+    for row in others:
+        view.add_row(row.method, *(_estimate(row.lead[name], "+") for name in LEADS))
+    console.print(view)
     parts = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.without.items())
     console.print(f"blocked at 1 % with one part of the score held at its mean: {parts}")
     console.print(
@@ -225,6 +212,10 @@ def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(asdict(evaluation), indent=1), encoding="utf-8")
+
+
+def _estimate(figure: Estimate, sign: str = "") -> str:
+    return f"{figure.value:{sign}.3f} [{figure.low:{sign}.3f} {figure.high:{sign}.3f}]"
 
 
 def show_config(config: Config) -> None:

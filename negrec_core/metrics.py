@@ -10,6 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The figures by the table they stand in, named as every report prints them.
+FIGURES = {
+    "what a block list is for": ("blocked at 1 %", "blocked at 5 %", "AUC", "AUC within user"),
+    "what was predicted": ("HR@20", "FHR@20", "LUF@20", "LIF@20"),
+}
+# Those for which the lead over every other method is printed.
+LEADS = ("blocked at 1 %", "blocked at 5 %", "AUC within user", "FHR@20", "LUF@20", "LIF@20")
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -18,6 +26,60 @@ class Estimate:
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, draws: np.ndarray) -> "Estimate":
+        """From what `bootstrap` gives; the difference of two such arrays gives a paired interval.
+
+        Resamples in which there is no figure (NaN) are left out.
+        """
+        known = draws[1:][~np.isnan(draws[1:])]
+        low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
+        return cls(float(draws[0]), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is blocked down to the end of each group of equal scores, best first.
+
+    Attributes:
+        disliked: disliked exposures down to there, float64 [groups].
+        liked: liked ones.
+    """
+
+    disliked: np.ndarray
+    liked: np.ndarray
+
+    def blocked_at(self, likes_lost: float) -> float:
+        """Share of disliked exposures blocked when at most the share `likes_lost` of the liked are.
+
+        Equal scores are blocked together or not at all. NaN where nothing was disliked or nothing liked.
+        """
+        if not self._judges():
+            return float("nan")
+        total = self.liked[-1]
+        # A little more: 0.29 * 100 is less than 29 in floating point.
+        allowed = np.floor(likes_lost * total + 1e-9)
+        # Where all likes may go, the lowest of them is the threshold.
+        if allowed < total:
+            group = int(np.searchsorted(self.liked, allowed, "right")) - 1
+        else:
+            group = int(np.searchsorted(self.liked, allowed))
+        return float(self.disliked[group] / self.disliked[-1]) if group >= 0 else 0.0
+
+    def auc(self) -> float:
+        """Probability that a disliked exposure scores above a liked one; a tie counts half.
+
+        NaN where nothing was disliked or nothing liked.
+        """
+        if not self._judges():
+            return float("nan")
+        likes_here = np.diff(self.liked, prepend=0.0)
+        won = (self.liked[-1] - self.liked + likes_here / 2) * np.diff(self.disliked, prepend=0.0)
+        return float(won.sum() / (self.disliked[-1] * self.liked[-1]))
+
+    def _judges(self) -> bool:
+        return bool(self.disliked[-1] and self.liked[-1])
 
 
 @dataclass(frozen=True)
@@ -42,48 +104,15 @@ class Ranking:
         ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
         return cls(order, disliked[order], ends)
 
-    def blocked_at(self, likes_lost: float, weights: np.ndarray | None = None) -> float:
-        """Share of disliked exposures blocked when at most the share `likes_lost` of the liked are.
-
-        Equal scores are blocked together or not at all.
+    def curve(self, weights: np.ndarray | None = None) -> Curve:
+        """What is blocked as the threshold falls.
 
         Args:
-            likes_lost: share of likes that may be blocked.
             weights: [n] how often each row counts, in the order given to `of`; absent: once.
-
-        Returns:
-            NaN where nothing was disliked or nothing liked.
         """
-        disliked, liked = self._counts(weights)
-        if not disliked[-1] or not liked[-1]:
-            return float("nan")
-        # A little more: 0.29 * 100 is less than 29 in floating point.
-        allowed = np.floor(likes_lost * liked[-1] + 1e-9)
-        # Where all likes may go, the lowest of them is the threshold.
-        if allowed < liked[-1]:
-            group = int(np.searchsorted(liked, allowed, "right")) - 1
-        else:
-            group = int(np.searchsorted(liked, allowed))
-        return float(disliked[group] / disliked[-1]) if group >= 0 else 0.0
-
-    def auc(self, weights: np.ndarray | None = None) -> float:
-        """Probability that a disliked exposure scores above a liked one; a tie counts half.
-
-        NaN where nothing was disliked or nothing liked; `weights` as in `blocked_at`.
-        """
-        disliked, liked = self._counts(weights)
-        pairs = disliked[-1] * liked[-1]
-        if not pairs:
-            return float("nan")
-        likes_here = np.diff(liked, prepend=0.0)
-        won = (liked[-1] - liked + likes_here / 2) * np.diff(disliked, prepend=0.0)
-        return float(won.sum() / pairs)
-
-    def _counts(self, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Disliked and liked down to the end of each group of equal scores."""
         ordered = np.ones(len(self.order)) if weights is None else weights[self.order]
         disliked = np.cumsum(np.where(self.disliked, ordered, 0.0))[self.ends]
-        return disliked, np.cumsum(ordered)[self.ends] - disliked
+        return Curve(disliked, np.cumsum(ordered)[self.ends] - disliked)
 
 
 def user_pairs(scores: np.ndarray, disliked: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,23 +154,24 @@ def within_user_auc(ordered: np.ndarray, pairs: np.ndarray) -> float:
 
 
 def bootstrap(
-    figure: Callable[[np.ndarray], float], users: np.ndarray, seed: int, rounds: int = 200
-) -> Estimate:
-    """A figure with its percentile interval from resampling users.
+    figures: Callable[[np.ndarray], float | list[float]], users: np.ndarray, seed: int, rounds: int = 200
+) -> np.ndarray:
+    """Figures over all users, and over resamples of them.
 
     Args:
-        figure: takes how often each row counts [n], float64, and gives the figure.
+        figures: takes how often each row counts [n], float64, and gives one or more figures.
         users: codes of the rows' users [n]; a user's rows are drawn together.
-        seed: of the resampling; the same seed draws the same users for every figure, so that
-            differences can be compared.
+        seed: of the resampling; the same seed draws the same of the same users for every figure, so that
+            the difference of two results is that of paired resamples.
         rounds: resamples.
+
+    Returns:
+        float64 [1 + rounds, ...]: the figures themselves, then those of each resample; see `Estimate.of`.
     """
     who, codes = np.unique(users, return_inverse=True)
     rng = np.random.default_rng(seed)
-    draws = []
+    draws = [figures(np.ones(len(users)))]
     for _ in range(rounds):
         times = np.bincount(rng.integers(len(who), size=len(who)), minlength=len(who))
-        draws.append(figure(times.astype(float)[codes]))
-    known = [draw for draw in draws if not np.isnan(draw)]
-    low, high = np.percentile(known, [2.5, 97.5]) if known else (np.nan, np.nan)
-    return Estimate(figure(np.ones(len(users))), float(low), float(high))
+        draws.append(figures(times.astype(float)[codes]))
+    return np.array(draws, float)

@@ -18,7 +18,7 @@ from negrec_core.delta import DeltaStore, day_range
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
 from negrec_core.items import load_items
-from negrec_core.metrics import Estimate, Ranking, bootstrap, user_pairs, within_user_auc
+from negrec_core.metrics import LEADS, Estimate, Ranking, bootstrap, user_pairs, within_user_auc
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
 from train.baselines import SET_SIZE, Baseline, Known, baselines, judged
@@ -30,17 +30,18 @@ _LONG_TAIL_ITEM = 5
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one method; the names are those of DESIGN section 8."""
+    """One method.
+
+    Attributes:
+        method: its name.
+        figures: by the names of `negrec_core.metrics.FIGURES`.
+        lead: what ours has more than this method, of `LEADS`, with the interval of the paired
+            difference; empty for ours.
+    """
 
     method: str
-    blocked_at_1: Estimate
-    blocked_at_5: Estimate
-    auc: Estimate
-    within_user_auc: Estimate
-    hr: Estimate
-    fhr: Estimate
-    luf: Estimate
-    lif: Estimate
+    figures: dict[str, Estimate]
+    lead: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
     features = exposure_features(snapshot, exposures)
     methods = {OURS: Baseline(snapshot.score.score(features), predicted)}
     methods |= baselines(known, exposures, users, seed)
-    hits = {name: hit_table(past, future, method.sets, leaf_of_item) for name, method in methods.items()}
+    draws = {}
+    for name, method in methods.items():
+        hits = hit_table(past, future, method.sets, leaf_of_item)
+        draws[name] = _blocked(method.scores, exposures, seed) | _predicted(hits, seed)
     disliked = exposures["disliked"].to_numpy()
     over = methods[OURS].scores >= snapshot.score.threshold
     return Evaluation(
@@ -127,9 +131,9 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
         likes=int((~disliked).sum()),
         listed=len(snapshot.users),
         illegal=illegal,
-        rows=[_row(name, method.scores, exposures, hits[name], seed) for name, method in methods.items()],
+        rows=[_row(name, own, draws[OURS]) for name, own in draws.items()],
         without={
-            name: Ranking.of(snapshot.score.score(_flattened(features, n)), disliked).blocked_at(0.01)
+            name: _ranking(snapshot.score.score(_flattened(features, n)), exposures).curve().blocked_at(0.01)
             for n, name in enumerate(FEATURES)
         },
         threshold=snapshot.score.threshold,
@@ -215,28 +219,47 @@ def _flattened(features: np.ndarray, column: int) -> np.ndarray:
     return flat
 
 
-def _row(name: str, scores: np.ndarray, exposures: pd.DataFrame, hits: pd.DataFrame, seed: int) -> Row:
-    disliked, users = exposures["disliked"].to_numpy(), exposures["user"].to_numpy()
-    ranking = Ranking.of(scores, disliked)
+def _row(name: str, own: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> Row:
+    """Figures of a method, and the lead of ours over it, from their draws."""
+    lead = {} if own is ours else {of: Estimate.of(ours[of] - own[of]) for of in LEADS}
+    return Row(name, {of: Estimate.of(draws) for of, draws in own.items()}, lead)
+
+
+def _ranking(scores: np.ndarray, exposures: pd.DataFrame) -> Ranking:
+    return Ranking.of(scores, exposures["disliked"].to_numpy())
+
+
+def _blocked(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+    """Draws of the figures that judge scores of exposures."""
+    ranking, users = _ranking(scores, exposures), exposures["user"].to_numpy()
     # Summed per user beforehand: a user drawn twice must count twice, not pair with itself.
-    ordered, pairs = user_pairs(scores, disliked, users)
+    ordered, pairs = user_pairs(scores, exposures["disliked"].to_numpy(), users)
 
-    def over_users(column: str, rows: pd.DataFrame) -> Estimate:
-        values = rows[column].to_numpy(float)
-        if not len(values):
-            return Estimate(float("nan"), float("nan"), float("nan"))
-        return bootstrap(lambda times: float(np.average(values, weights=times)), np.arange(len(values)), seed)
+    def overall(times: np.ndarray) -> list[float]:
+        curve = ranking.curve(times)
+        return [curve.blocked_at(0.01), curve.blocked_at(0.05), curve.auc()]
 
-    return Row(
-        method=name,
-        blocked_at_1=bootstrap(lambda times: ranking.blocked_at(0.01, times), users, seed),
-        blocked_at_5=bootstrap(lambda times: ranking.blocked_at(0.05, times), users, seed),
-        auc=bootstrap(ranking.auc, users, seed),
-        within_user_auc=bootstrap(
-            lambda times: within_user_auc(ordered * times, pairs * times), np.arange(len(pairs)), seed
-        ),
-        hr=over_users("hr", hits),
-        fhr=over_users("fhr", hits),
-        luf=over_users("fhr", hits[hits["short"]]),
-        lif=over_users("lif", hits[hits["tail"]]),
+    names = ("blocked at 1 %", "blocked at 5 %", "AUC")
+    found = dict(zip(names, bootstrap(overall, users, seed).T, strict=True))
+    found["AUC within user"] = bootstrap(
+        lambda times: within_user_auc(ordered * times, pairs * times), np.arange(len(pairs)), seed
     )
+    return found
+
+
+def _predicted(hits: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+    """Draws of the figures that judge predicted sets."""
+    return {
+        "HR@20": _mean_over_users(hits["hr"], seed),
+        "FHR@20": _mean_over_users(hits["fhr"], seed),
+        "LUF@20": _mean_over_users(hits["fhr"][hits["short"]], seed),
+        "LIF@20": _mean_over_users(hits["lif"][hits["tail"]], seed),
+    }
+
+
+def _mean_over_users(values: pd.Series, seed: int) -> np.ndarray:
+    """Draws of the mean of one value per user; NaN without any."""
+    own = values.to_numpy(float)
+    if not len(own):
+        return np.array([np.nan])
+    return bootstrap(lambda times: float(np.average(own, weights=times)), np.arange(len(own)), seed)

@@ -294,11 +294,11 @@ def test_evaluation_judges_the_list_by_the_week_after(site: Site) -> None:
     assert figures.likes > 0
     assert [row.method for row in figures.rows][:2] == ["negrec", "random"]
     for row in figures.rows:
-        for name in ("blocked_at_1", "blocked_at_5", "auc", "within_user_auc", "hr", "fhr"):
-            figure = getattr(row, name)
+        for name in ("blocked at 1 %", "blocked at 5 %", "AUC", "AUC within user", "HR@20", "FHR@20"):
+            figure = row.figures[name]
             assert 0 <= figure.low <= figure.high <= 1, (row.method, name)
-        assert row.hr.value <= row.fhr.value
-        assert row.blocked_at_1.value <= row.blocked_at_5.value
+        assert row.figures["HR@20"].value <= row.figures["FHR@20"].value
+        assert row.figures["blocked at 1 %"].value <= row.figures["blocked at 5 %"].value
     assert evaluate(site.root, site.config, DS, seed=SEED).rows == figures.rows
 
 
@@ -322,7 +322,7 @@ def test_commands_show_the_site(site: Site, monkeypatch: pytest.MonkeyPatch, tmp
     assert item in shown("filter", entry["user_id"], item, "no such item")
     assert "nothing to do" in shown("run", "--ds", DS)
     out = tmp_path / "figures.json"
-    assert "blocked at 1 %: negrec has" in shown("evaluate", "--ds", DS, "--out", str(out))
+    assert "lead of negrec over" in shown("evaluate", "--ds", DS, "--out", str(out))
     assert '"illegal": 0' in out.read_text()
 
 

@@ -11,6 +11,7 @@ from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore, Provenance
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
+from negrec_core.metrics import LEADS
 from negrec_core.schemas import TABLES
 from negrec_core.trie import Trie
 from train.evaluate import evaluate, hit_table, load_predictions, split_feedback
@@ -191,10 +192,13 @@ def test_evaluation_of_a_list_that_is_right(tmp_path):
     assert (found.users, found.dislikes, found.likes, found.listed, found.illegal) == (2, 3, 2, 2, 0)
     ours = found.rows[0]
     assert ours.method == "negrec"
-    assert (ours.hr.value, ours.fhr.value) == (1, 1)
-    assert ours.blocked_at_1.value == 1
-    assert ours.auc.value == 1
-    assert ours.within_user_auc.value == 1
+    names = ("HR@20", "FHR@20", "blocked at 1 %", "AUC", "AUC within user")
+    assert [ours.figures[name].value for name in names] == [1] * 5
+    assert not ours.lead
+    for row in found.rows[1:]:
+        for name in LEADS:
+            difference = ours.figures[name].value - row.figures[name].value
+            assert row.lead[name].value == pytest.approx(difference, nan_ok=True)
     again = evaluate(tmp_path, CONFIG, DS, seed=1)
     assert again.rows == found.rows
 

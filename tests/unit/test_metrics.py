@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from negrec_core.metrics import Ranking, bootstrap, user_pairs, within_user_auc
+from negrec_core.metrics import Estimate, Ranking, bootstrap, user_pairs, within_user_auc
 
 # Few distinct scores, so that ties are the rule.
 ROWS = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30)
@@ -26,11 +26,11 @@ def auc_by_pairs(scores, disliked):
 
 
 def auc(scores, disliked):
-    return Ranking.of(scores, disliked).auc()
+    return Ranking.of(scores, disliked).curve().auc()
 
 
 def blocked_at(scores, disliked, share):
-    return Ranking.of(scores, disliked).blocked_at(share)
+    return Ranking.of(scores, disliked).curve().blocked_at(share)
 
 
 def within_user_auc_of(scores, disliked, users):
@@ -119,11 +119,13 @@ def test_bootstrap_draws_whole_users_and_repeats_itself():
         return float(np.average(users, weights=counts))
 
     first = bootstrap(figure, users, seed=4, rounds=50)
-    assert first == bootstrap(figure, users, seed=4, rounds=50)
-    assert first != bootstrap(figure, users, seed=5, rounds=50)
+    assert (first == bootstrap(figure, users, seed=4, rounds=50)).all()
+    assert (first != bootstrap(figure, users, seed=5, rounds=50)).any()
     assert len({counts.tobytes() for counts in drawn}) > 3
-    assert first.value == users.mean()
-    assert first.low <= first.value <= first.high
+    assert first.shape == (51,)
+    found = Estimate.of(first)
+    assert found.value == users.mean()
+    assert found.low <= found.value <= found.high
 
 
 def test_same_seed_draws_the_same_users_for_every_figure():
@@ -139,14 +141,32 @@ def test_bootstrap_interval_holds_the_truth_about_as_often_as_it_says():
     held = 0
     for seed in range(100):
         values = rng.normal(size=60)
-        found = bootstrap(lambda times, v=values: float(np.average(v, weights=times)), np.arange(60), seed)
+        draws = bootstrap(lambda times, v=values: float(np.average(v, weights=times)), np.arange(60), seed)
+        found = Estimate.of(draws)
         held += found.low <= 0 <= found.high
     assert 85 <= held <= 100
 
 
 def test_bootstrap_leaves_draws_without_a_figure_out():
-    found = bootstrap(Ranking.of(np.array([2.0, 1.0]), np.array([True, False])).auc, np.arange(2), 0)
-    assert (found.low, found.value, found.high) == (1, 1, 1)
+    ranking = Ranking.of(np.array([2.0, 1.0]), np.array([True, False]))
+    draws = bootstrap(lambda times: ranking.curve(times).auc(), np.arange(2), 0)
+    assert np.isnan(draws).any()
+    assert Estimate.of(draws) == Estimate(1, 1, 1)
+
+
+def test_a_paired_interval_leaves_out_what_both_share():
+    """Users differ much more from one another than two figures of the same user."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(0, 10, 200)
+    one, other = (
+        bootstrap(lambda times, v=level + gain: float(np.average(v, weights=times)), np.arange(200), 1)
+        for gain in (rng.normal(1, 0.1, 200), rng.normal(0, 0.1, 200))
+    )
+    paired = Estimate.of(one - other)
+    assert 0.9 < paired.low < paired.value < paired.high < 1.1
+    assert paired.value == pytest.approx(Estimate.of(one).value - Estimate.of(other).value)
+    alone = Estimate.of(one)
+    assert alone.high - alone.low > 20 * (paired.high - paired.low)
 
 
 @given(ROWS, st.data(), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
@@ -155,8 +175,8 @@ def test_a_weight_counts_a_row_that_often(rows, data, share):
     weights = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows))))
     ranking, repeated = Ranking.of(scores, disliked), np.repeat(np.arange(len(rows)), weights)
     if not len(repeated):
-        assert np.isnan(ranking.auc(weights))
+        assert np.isnan(ranking.curve(weights).auc())
         return
-    again = Ranking.of(scores[repeated], disliked[repeated])
-    assert ranking.auc(weights) == pytest.approx(again.auc(), nan_ok=True)
-    assert ranking.blocked_at(share, weights) == pytest.approx(again.blocked_at(share), nan_ok=True)
+    found, again = ranking.curve(weights), Ranking.of(scores[repeated], disliked[repeated]).curve()
+    assert found.auc() == pytest.approx(again.auc(), nan_ok=True)
+    assert found.blocked_at(share) == pytest.approx(again.blocked_at(share), nan_ok=True)
