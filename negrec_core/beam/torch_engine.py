@@ -8,6 +8,8 @@ level at hand, and scores are gathered for legal codes only.
 
 import copy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,24 +141,53 @@ class TorchBeamEngine:
         log_probs = np.full((len(prompts), beam_width), -np.inf, np.float32)
         tree_tokens = beam_width * (trie.depth - 1)
         lengths = [len(prompt) + tree_tokens for prompt in prompts]
-        training = self._model.training
-        self._model.eval()
-        try:
-            levels = [
-                _with_output_of(self._model, first, count)
-                for first, count in zip(
-                    self._vocabulary.first_token, self._vocabulary.code_counts, strict=True
-                )
-            ]
+        with self._levels() as levels:
             for users in batches(lengths, self._max_batch_tokens):
                 found, scores = self._decode_batch(
                     levels, [prompts[user] for user in users], trie, beam_width, select
                 )
                 leaves[users, : found.shape[1]] = found
                 log_probs[users, : found.shape[1]] = scores
+        return leaves, log_probs
+
+    def log_probs(
+        self, prompts: Prompts, trie: Trie, leaves: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.float32]:
+        """Scores that `search` would give to IDs, those that no beam reaches included.
+
+        Args:
+            prompts: one per user, as for `search`.
+            trie: the legal IDs, all of which compete.
+            leaves: IDs to score as leaves of the trie `[users, m]`, -1 where there is none.
+
+        Returns:
+            `[users, m]`, -inf for leaves of -1.
+        """
+        m = leaves.shape[1]
+        check_search(prompts, trie, max(m, 1), self._vocabulary, self._vocab_size, self._longest_prompt)
+        out = np.full(leaves.shape, -np.inf, np.float32)
+        lengths = [len(prompt) + m * (trie.depth - 1) for prompt in prompts]
+        with self._levels() as levels:
+            for users in batches(lengths, self._max_batch_tokens):
+                out[users] = self._log_probs_batch(
+                    levels, [prompts[user] for user in users], trie, leaves[users]
+                )
+        return out
+
+    @contextmanager
+    def _levels(self) -> Iterator[list[PreTrainedModel]]:
+        """The model in evaluation mode, once for each level of an ID."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            yield [
+                _with_output_of(self._model, first, count)
+                for first, count in zip(
+                    self._vocabulary.first_token, self._vocabulary.code_counts, strict=True
+                )
+            ]
         finally:
             self._model.train(training)
-        return leaves, log_probs
 
     @torch.inference_mode()
     def _decode_batch(
@@ -186,20 +217,51 @@ class TorchBeamEngine:
             scores = candidates.flatten(1).gather(1, picked)
             nodes = np.take_along_axis(children.reshape(len(children), -1), picked.cpu().numpy(), 1)
             if level + 1 < trie.depth:
-                beams = picked.shape[1]
                 parents = (picked // slots.shape[2])[:, :, None]
                 tokens = slots.flatten(1).gather(1, picked) + self._vocabulary.first_token[level]
-                itself = torch.eye(beams, dtype=torch.bool, device=device)
                 visible = visible.gather(1, parents.expand(-1, -1, visible.shape[2]))
-                visible = torch.cat([visible, itself.expand(len(prompts), -1, -1)], 2)
-                logits = levels[level + 1](
-                    input_ids=tokens,
-                    attention_mask=_additive(visible, self._model.dtype),
-                    position_ids=(lengths + level)[:, None].expand(-1, beams),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits
+                visible, logits = _grow(levels[level + 1], tokens, visible, lengths + level, cache)
         return nodes, scores.cpu().numpy()
+
+    @torch.inference_mode()
+    def _log_probs_batch(
+        self,
+        levels: list[PreTrainedModel],
+        prompts: Prompts,
+        trie: Trie,
+        leaves: npt.NDArray[np.integer],
+    ) -> npt.NDArray[np.float32]:
+        """As `log_probs`: each ID is a beam whose codes are given."""
+        device = self._model.device
+        cache = DynamicCache()
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        logits = _prefill(levels[0], prompts, lengths, cache)
+        asked = leaves >= 0
+        codes = np.zeros((*leaves.shape, trie.depth), np.int64)
+        codes[asked] = trie.codes_of(leaves[asked])
+        wanted = torch.from_numpy(codes).to(device)
+        nodes = np.where(asked, 0, -1)
+        longest = int(lengths.max())
+        visible = (torch.arange(longest, device=device) < lengths[:, None])[:, None]
+        visible = visible.expand(-1, leaves.shape[1], -1)
+        total = torch.zeros(leaves.shape, device=device)
+        for level in range(trie.depth):
+            # All IDs of a user share the root.
+            here = np.zeros((len(prompts), 1), np.int64) if level == 0 else nodes
+            slots, children = _padded_children(trie, level, here)
+            legal = torch.from_numpy(children >= 0).to(device)
+            scores = logits.float().gather(2, torch.from_numpy(slots).to(device))
+            scores = scores.masked_fill(~legal, -torch.inf)
+            check_logits(bool(scores.isnan().any()))
+            whole = scores.logsumexp(2)
+            code = wanted[:, :, level]
+            own = logits.float().expand(-1, leaves.shape[1], -1).gather(2, code[:, :, None])[:, :, 0]
+            total += own - whole
+            nodes = trie.child(level, nodes.ravel(), codes[:, :, level].ravel()).reshape(nodes.shape)
+            if level + 1 < trie.depth:
+                tokens = code + self._vocabulary.first_token[level]
+                visible, logits = _grow(levels[level + 1], tokens, visible, lengths + level, cache)
+        return np.where(asked, total.cpu().numpy(), np.float32(-np.inf))
 
 
 class _Select(Protocol):
@@ -324,6 +386,34 @@ def _prefill(model: PreTrainedModel, prompts: Prompts, lengths: Tensor, cache: D
         logits_to_keep=ends,
     ).logits
     return logits[torch.arange(len(prompts), device=which.device), which][:, None]
+
+
+def _grow(
+    model: PreTrainedModel, tokens: Tensor, visible: Tensor, positions: Tensor, cache: DynamicCache
+) -> tuple[Tensor, Tensor]:
+    """Add a token to every beam.
+
+    Args:
+        model: of `_with_output_of` for the next level.
+        tokens: `[users, beams]`.
+        visible: what each beam attends to before, `[users, beams, cached tokens]`.
+        positions: of the tokens in their text, `[users]`.
+        cache: of the tokens before.
+
+    Returns:
+        What each beam attends to now, and the logits of its next code `[users, beams, K]`.
+    """
+    beams = tokens.shape[1]
+    itself = torch.eye(beams, dtype=torch.bool, device=tokens.device)
+    visible = torch.cat([visible, itself.expand(len(tokens), -1, -1)], 2)
+    logits = model(
+        input_ids=tokens,
+        attention_mask=_additive(visible, model.dtype),
+        position_ids=positions[:, None].expand(-1, beams),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return visible, logits
 
 
 def _padded_children(

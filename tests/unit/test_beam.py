@@ -62,6 +62,25 @@ def test_narrow_beams_are_those_of_a_loop(kind, width):
         assert_equal_beams(result, row, loop_beam_search(model, prompt, ids, SMALL, width))
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2", "phi-with-output-bias", "gemma2-with-soft-cap"])
+def test_log_probs_of_given_ids_are_those_of_full_enumeration(kind):
+    model = tiny_model(kind)
+    ids = random_ids(SMALL, 80)
+    trie = Trie.build(ids, SMALL.code_counts)
+    prompts = random_prompts(LENGTHS)
+    leaves = np.random.default_rng(1).integers(-1, trie.n_ids, (len(prompts), 9))
+    # One batch for all users, and one for each.
+    for most in (16_384, 1):
+        found = TorchBeamEngine(model, SMALL, max_batch_tokens=most).log_probs(prompts, trie, leaves)
+        for row, prompt in enumerate(prompts):
+            every = dict(loop_beam_search(model, prompt, ids, SMALL, 10**6))
+            expected = [
+                -np.inf if leaf < 0 else every[tuple(trie.codes_of(np.array([leaf]))[0].tolist())]
+                for leaf in leaves[row]
+            ]
+            np.testing.assert_allclose(found[row], expected, atol=1e-4)
+
+
 @settings(deadline=None, max_examples=20)
 @given(
     ids=st.lists(st.tuples(*(st.integers(0, k - 1) for k in SMALL.code_counts)), min_size=1),
