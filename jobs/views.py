@@ -20,7 +20,7 @@ from negrec_core.config import Config
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, GENERATOR
 from negrec_core.items import load_items
-from negrec_core.metrics import FIGURES, LEADS, Estimate
+from negrec_core.metrics import FIGURES, Estimate
 from negrec_core.schemas import TABLES
 
 if TYPE_CHECKING:
@@ -194,13 +194,22 @@ def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
     for about, names in FIGURES.items():
         view = Table(about, *names)
         for row in evaluation.rows:
-            view.add_row(row.method, *(_estimate(row.figures[name]) for name in names))
+            view.add_row(row.method, *(_estimate(row.figures.get(name)) for name in names))
         console.print(view)
-    view = Table(
-        f"lead of {ours.method} over", *LEADS, caption="intervals are those of the paired difference"
+        view = Table(f"{ours.method} minus", *names, caption="with the interval of the paired difference")
+        for row in others:
+            view.add_row(row.method, *(_estimate(row.difference.get(name), "+") for name in names))
+        console.print(view)
+    drawn = evaluation.candidates
+    console.print(
+        f"candidate accuracy: {drawn.users:,} users, {drawn.whole:,} with all 20 candidates,"
+        f" {drawn.other_days:,} with some of other days; {drawn.alone:,} were shown nothing else. Likes lost:"
+        " share of the likes blocked together with that share of the dislikes"
     )
-    for row in others:
-        view.add_row(row.method, *(_estimate(row.lead[name], "+") for name in LEADS))
+    held = next(iter(evaluation.coverage.values()))
+    view = Table("main negative interests covered by", *held)
+    for top, shares in evaluation.coverage.items():
+        view.add_row(top, *(_estimate(share) for share in shares.values()))
     console.print(view)
     parts = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.without.items())
     console.print(f"blocked at 1 % with one part of the score held at its mean: {parts}")
@@ -214,7 +223,9 @@ def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
         out.write_text(json.dumps(asdict(evaluation), indent=1), encoding="utf-8")
 
 
-def _estimate(figure: Estimate, sign: str = "") -> str:
+def _estimate(figure: Estimate | None, sign: str = "") -> str:
+    if figure is None:
+        return "-"
     return f"{figure.value:{sign}.3f} [{figure.low:{sign}.3f} {figure.high:{sign}.3f}]"
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 # The figures by the table they stand in, named as every report prints them.
+RECALLS = (0.1, 0.2, 0.5)
 FIGURES = {
     "what a block list is for": ("blocked at 1 %", "blocked at 5 %", "AUC", "AUC within user"),
-    "what was predicted": ("HR@20", "FHR@20", "LUF@20", "LIF@20"),
+    "what was predicted": ("HR@20", "FHR@20", "LUF@20", "LIF@20", "candidate accuracy"),
+    "likes lost at equal recall": tuple(f"likes lost at {recall * 100:.0f} %" for recall in RECALLS),
 }
-# Those for which the lead over every other method is printed.
-LEADS = ("blocked at 1 %", "blocked at 5 %", "AUC within user", "FHR@20", "LUF@20", "LIF@20")
+# The same among new users and rare items alone, where LUF and LIF are the FHR; too much for a terminal.
+LONG_TAIL = tuple(f"{who}: blocked at {share} %" for who in ("new users", "rare items") for share in (1, 5))
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,20 @@ class Curve:
             group = int(np.searchsorted(self.liked, allowed))
         return float(self.disliked[group] / self.disliked[-1]) if group >= 0 else 0.0
 
+    def likes_blocked_at(self, recall: float) -> float:
+        """Share of liked exposures blocked when exactly the share `recall` > 0 of the disliked are.
+
+        Of equal scores as many are blocked as it takes, at random. NaN as in `blocked_at`.
+        """
+        if not self._judges():
+            return float("nan")
+        # A little less: 0.1 * 30 is more than 3 in floating point.
+        wanted = recall * self.disliked[-1] - 1e-9
+        group = int(np.searchsorted(self.disliked, wanted))
+        bad, good = (self.disliked[group - 1], self.liked[group - 1]) if group else (0.0, 0.0)
+        part = (wanted - bad) / (self.disliked[group] - bad)
+        return float((good + part * (self.liked[group] - good)) / self.liked[-1])
+
     def auc(self) -> float:
         """Probability that a disliked exposure scores above a liked one; a tie counts half.
 
@@ -79,7 +95,7 @@ class Curve:
         return float(won.sum() / (self.disliked[-1] * self.liked[-1]))
 
     def _judges(self) -> bool:
-        return bool(self.disliked[-1] and self.liked[-1])
+        return bool(len(self.liked) and self.disliked[-1] and self.liked[-1])
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,7 @@ class Ranking:
         """Rank exposures by `scores` [n], higher means more likely disliked; `disliked` is bool [n]."""
         order = np.argsort(-scores, kind="stable")
         ordered = scores[order]
-        ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
+        ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))[: len(ordered)]
         return cls(order, disliked[order], ends)
 
     def curve(self, weights: np.ndarray | None = None) -> Curve:
@@ -175,3 +191,10 @@ def bootstrap(
         times = np.bincount(rng.integers(len(who), size=len(who)), minlength=len(who))
         draws.append(figures(times.astype(float)[codes]))
     return np.array(draws, float)
+
+
+def mean_over_users(values: np.ndarray, seed: int) -> np.ndarray:
+    """`bootstrap` of the mean of one value per user, in the same order for every figure; NaN without any."""
+    if not len(values):
+        return np.full(1, np.nan)
+    return bootstrap(lambda times: float(np.average(values, weights=times)), np.arange(len(values)), seed)

@@ -1,7 +1,7 @@
 """What a team would use instead of negrec, given the same events (DESIGN section 8).
 
-Every baseline scores the exposures that are judged, and predicts a set of semantic IDs for each user,
-without those of items that the user has disliked already.
+Every method scores (user, item) pairs, and a baseline predicts a set of semantic IDs for each user, without
+those of items that the user has disliked already.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,12 +31,16 @@ _USERS_AT_ONCE = 2000
 _MOST_OF_ONE_ID = 10 * SET_SIZE
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """Scores [n] of the exposures, higher for likelier dislikes, and user -> up to 20 leaves."""
+# Takes pairs (user_id, item_id) and gives scores [n], higher for likelier dislikes.
+Score = Callable[[pd.DataFrame], np.ndarray]
 
-    scores: np.ndarray
-    sets: dict[str, np.ndarray]
+
+@dataclass(frozen=True)
+class Method:
+    """What is judged: a score of pairs, and user -> up to 20 leaves; None where it predicts no sets."""
+
+    score: Score
+    sets: dict[str, np.ndarray] | None
 
 
 @dataclass(frozen=True)
@@ -71,44 +75,45 @@ def judged(feedback: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def baselines(known: Known, exposures: pd.DataFrame, users: list[str], seed: int) -> dict[str, Baseline]:
+def baselines(known: Known, users: list[str], seed: int) -> dict[str, Method]:
     """All baselines, by name.
 
     Args:
         known: what they may use.
-        exposures: of `judged`, what they score.
         users: whom they predict sets for.
         seed: of the random one and of the classifier.
     """
     rng = np.random.default_rng(seed)
-    rates = features(known.past, known.category, exposures, known.pseudo)
     items = _counts(known.past, ["item_id"])
     by_count = items["negatives"].sort_values(ascending=False, kind="stable")
     most_disliked = _leaves(by_count.index, known.leaf)
     own = _own_dislikes(known)
     ids_by_rate = _ids_by_rate(known)
     by_rate = {user: _first_new(ids_by_rate, own.get(user)) for user in users}
+
+    def rates(pairs: pd.DataFrame) -> pd.DataFrame:
+        return features(known.past, known.category, pairs, known.pseudo)
+
     found = {
-        RANDOM: Baseline(
-            rng.random(len(exposures)),
+        RANDOM: Method(
+            lambda pairs: np.random.default_rng(seed).random(len(pairs)),
             {user: _first_new(_random_leaves(known.n_ids, rng), own.get(user)) for user in users},
         ),
-        TIMES_DISLIKED: Baseline(
-            exposures["item_id"].map(by_count).fillna(0).to_numpy(float),
+        TIMES_DISLIKED: Method(
+            lambda pairs: pairs["item_id"].map(by_count).fillna(0).to_numpy(float),
             {user: _first_new(most_disliked, own.get(user)) for user in users},
         ),
         # The user's rate moves no item before another.
-        ITEM_RATE: Baseline(rates["item"].to_numpy(), by_rate),
-        ITEM_USER_RATE: Baseline((rates["item"] + rates["user"]).to_numpy(), by_rate),
+        ITEM_RATE: Method(lambda pairs: rates(pairs)["item"].to_numpy(), by_rate),
+        ITEM_USER_RATE: Method(lambda pairs: rates(pairs)[["item", "user"]].sum(axis=1).to_numpy(), by_rate),
     }
     if known.category.nunique() > 1:
         sets = _category_sets(known, by_count.index, users, own)
-        found[CATEGORY] = Baseline(rates["user_category"].to_numpy(), sets)
-    found[SWING] = _swing(known, exposures, users, own)
+        found[CATEGORY] = Method(lambda pairs: rates(pairs)["user_category"].to_numpy(), sets)
+    found[SWING] = _swing(known, users, own)
     classify = fit_classifier(known, seed)
     if classify:
-        sets = _ranked_sets(known, by_count.index, users, own, classify)
-        found[CLASSIFIER] = Baseline(classify(exposures), sets)
+        found[CLASSIFIER] = Method(classify, _ranked_sets(known, by_count.index, users, own, classify))
     return found
 
 
@@ -145,7 +150,7 @@ def features(history: pd.DataFrame, category: pd.Series, pairs: pd.DataFrame, ps
     return out
 
 
-def fit_classifier(known: Known, seed: int) -> Callable[[pd.DataFrame], np.ndarray] | None:
+def fit_classifier(known: Known, seed: int) -> Score | None:
     """Gradient-boosted trees that tell dislikes from likes by `features`; scores pairs.
 
     It learns the last third of each user's past from everybody's first two thirds, and then scores by
@@ -228,33 +233,40 @@ def _category_sets(
     return {user: _first_new(leaves, own.get(user)) for user, leaves in ranked.items()}
 
 
-def _swing(known: Known, exposures: pd.DataFrame, users: list[str], own: dict[str, np.ndarray]) -> Baseline:
+def _swing(known: Known, users: list[str], own: dict[str, np.ndarray]) -> Method:
     """Sum of the Swing scores from the user's past dislikes to the item."""
-    items = pd.Index(pd.concat([known.past["item_id"], known.graph["neighbor_id"]]).unique())
-    who = pd.Index(pd.concat([exposures["user_id"], pd.Series(users)]).unique())
-
-    def place(index: pd.Index, values: pd.Series) -> np.ndarray:
-        return index.get_indexer(pd.Index(values))
-
-    edges = known.graph[known.graph["item_id"].isin(items)]
-    links = (place(items, edges["item_id"]), place(items, edges["neighbor_id"]))
-    graph = sparse.csr_matrix((edges["score"], links), (len(items), len(items)))
     disliked = known.past[known.past["polarity"] == -1].drop_duplicates(["user_id", "item_id"])
-    disliked = disliked[disliked["user_id"].isin(who)]
-    at = (place(who, disliked["user_id"]), place(items, disliked["item_id"]))
+    items = pd.Index(pd.concat([disliked["item_id"], known.graph["neighbor_id"]]).unique())
+    who = pd.Index(pd.concat([disliked["user_id"], pd.Series(users, dtype=object)]).unique())
+    edges = known.graph[known.graph["item_id"].isin(items)]
+    links = (items.get_indexer(edges["item_id"]), items.get_indexer(edges["neighbor_id"]))
+    graph = sparse.csr_matrix((edges["score"], links), (len(items), len(items)))
+    at = (who.get_indexer(disliked["user_id"]), items.get_indexer(disliked["item_id"]))
     dislikes = sparse.csr_matrix((np.ones(len(disliked)), at), (len(who), len(items)))
-    row, column = place(who, exposures["user_id"]), place(items, exposures["item_id"])
-    scores, sets = np.zeros(len(exposures)), {}
-    for first in range(0, len(who), _USERS_AT_ONCE):
-        block = (dislikes[first : first + _USERS_AT_ONCE] @ graph).tocsr()
-        here = np.flatnonzero((row >= first) & (row < first + _USERS_AT_ONCE) & (column >= 0))
-        scores[here] = np.asarray(block[row[here] - first, column[here]]).ravel()
-        for n, user in enumerate(who[first : first + _USERS_AT_ONCE]):
+
+    def sums(rows: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        """Some of the users' rows at a time, and their sums for all items."""
+        for first in range(0, len(rows), _USERS_AT_ONCE):
+            some = rows[first : first + _USERS_AT_ONCE]
+            yield some, (dislikes[some] @ graph).tocsr()
+
+    def score(pairs: pd.DataFrame) -> np.ndarray:
+        row, column = who.get_indexer(pairs["user_id"]), items.get_indexer(pairs["item_id"])
+        known_pair = (row >= 0) & (column >= 0)
+        scores = np.zeros(len(pairs))
+        for some, block in sums(np.unique(row[known_pair])):
+            here = np.flatnonzero(known_pair & np.isin(row, some))
+            scores[here] = np.asarray(block[np.searchsorted(some, row[here]), column[here]]).ravel()
+        return scores
+
+    sets = {}
+    for some, block in sums(who.get_indexer(users)):
+        for n, at_user in enumerate(some):
             span = slice(block.indptr[n], block.indptr[n + 1])
             best = np.argsort(-block.data[span], kind="stable")[:_MOST_OF_ONE_ID]
             ranked = _leaves(items[block.indices[span][best]], known.leaf)
-            sets[user] = _first_new(ranked, own.get(user))
-    return Baseline(scores, {user: sets[user] for user in users})
+            sets[str(who[at_user])] = _first_new(ranked, own.get(str(who[at_user])))
+    return Method(score, sets)
 
 
 def _ranked_sets(
@@ -262,7 +274,7 @@ def _ranked_sets(
     by_count: pd.Index,
     users: list[str],
     own: dict[str, np.ndarray],
-    classify: Callable[[pd.DataFrame], np.ndarray],
+    classify: Score,
 ) -> dict[str, np.ndarray]:
     """The 20 of the most disliked items that a classifier ranks first for each user."""
     candidates = pd.Index([item for item in by_count if item in known.leaf][:_CANDIDATES])

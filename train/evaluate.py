@@ -12,18 +12,29 @@ import numpy as np
 import pandas as pd
 
 from negrec_core.block_score import FEATURES
-from negrec_core.blocklist import Snapshot, load_snapshot
+from negrec_core.blocklist import load_snapshot
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore, day_range
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
 from negrec_core.items import load_items
-from negrec_core.metrics import LEADS, Estimate, Ranking, bootstrap, user_pairs, within_user_auc
+from negrec_core.metrics import (
+    FIGURES,
+    RECALLS,
+    Estimate,
+    Ranking,
+    bootstrap,
+    mean_over_users,
+    user_pairs,
+    within_user_auc,
+)
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
-from train.baselines import SET_SIZE, Baseline, Known, baselines, judged
+from train.baselines import SET_SIZE, Known, baselines, judged
+from train.candidates import Candidates, chosen, draw_candidates
+from train.coverage import coverage
+from train.ours import OURS, ours, pair_features
 
-OURS = "negrec"
 _LONG_TAIL_USER = 3
 _LONG_TAIL_ITEM = 5
 
@@ -34,14 +45,24 @@ class Row:
 
     Attributes:
         method: its name.
-        figures: by the names of `negrec_core.metrics.FIGURES`.
-        lead: what ours has more than this method, of `LEADS`, with the interval of the paired
-            difference; empty for ours.
+        figures: by the names of `negrec_core.metrics.FIGURES`; a method that predicts no sets lacks
+            those that judge sets.
+        difference: ours minus this method's, with the interval of the paired difference; empty for ours.
     """
 
     method: str
     figures: dict[str, Estimate]
-    lead: dict[str, Estimate]
+    difference: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class CandidateCounts:
+    """Users behind the candidate accuracy, as in `train.candidates.Candidates`."""
+
+    users: int
+    whole: int
+    other_days: int
+    alone: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,8 @@ class Evaluation:
         listed: users with a list.
         illegal: predicted IDs that no item has.
         rows: the methods, ours first.
+        candidates: whom the candidate accuracy judges.
+        coverage: of the users' main negative interests, see `train.coverage`.
         without: feature -> share of dislikes blocked at 1 % of likes with the feature held at its
             mean: what each part of the block score adds.
         threshold: the published one.
@@ -72,6 +95,8 @@ class Evaluation:
     listed: int
     illegal: int
     rows: list[Row]
+    candidates: CandidateCounts
+    coverage: dict[str, dict[str, Estimate]]
     without: dict[str, float]
     threshold: float
     likes_over: float
@@ -109,20 +134,26 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
     predicted, illegal = load_predictions(store, ds, trie)
 
     items = load_items(store, ds, columns=["category"]).to_pandas()
-    graph = store.read("item_graph", ["item_id", "neighbor_id", "score"], days=[ds]).to_pandas()
+    columns = ["item_id", "neighbor_id", "score", "rank"]
+    graph = store.read("item_graph", columns, days=[ds]).to_pandas()
     category = items.set_index("item_id")["category"]
     pseudo = config.calibration.rate_pseudo_events
     known = Known(past, category, graph, leaf_of_item, trie.n_ids, pseudo)
     users = sorted(future["user_id"].unique())
-    features = exposure_features(snapshot, exposures)
-    methods = {OURS: Baseline(snapshot.score.score(features), predicted)}
-    methods |= baselines(known, exposures, users, seed)
+    candidates = draw_candidates(future, load_shown(store, config, ds), config.timezone, seed)
+    methods = ours(store, warehouse / "models", config.generation, snapshot, predicted)
+    methods |= baselines(known, users, seed)
     draws = {}
     for name, method in methods.items():
-        hits = hit_table(past, future, method.sets, leaf_of_item)
-        draws[name] = _blocked(method.scores, exposures, seed) | _predicted(hits, seed)
+        scores = method.score(exposures)
+        draws[name] = _blocked(scores, exposures, seed) | _long_tail(scores, exposures, past, seed)
+        if method.sets is not None:
+            draws[name] |= _predicted(hit_table(past, future, method.sets, leaf_of_item), seed)
+        accuracy = chosen(candidates.pairs, method.score(candidates.pairs))
+        draws[name]["candidate accuracy"] = mean_over_users(accuracy, seed)
+    features = pair_features(snapshot, exposures)
     disliked = exposures["disliked"].to_numpy()
-    over = methods[OURS].scores >= snapshot.score.threshold
+    over = snapshot.score.score(features) >= snapshot.score.threshold
     return Evaluation(
         ds=ds,
         seed=seed,
@@ -132,6 +163,8 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
         listed=len(snapshot.users),
         illegal=illegal,
         rows=[_row(name, own, draws[OURS]) for name, own in draws.items()],
+        candidates=_counts(candidates),
+        coverage=coverage(past, future, category, graph, config.labels.expansion, seed),
         without={
             name: _ranking(snapshot.score.score(_flattened(features, n)), exposures).curve().blocked_at(0.01)
             for n, name in enumerate(FEATURES)
@@ -153,23 +186,33 @@ def split_feedback(store: DeltaStore, config: Config, ds: str) -> tuple[pd.DataF
     days = [d for d in store.days("feedback") if first <= d <= last]
     rows = store.read("feedback", ["user_id", "item_id", "event_time", "polarity"], days=days)
     rows = rows.to_pandas()
+    anchor = _anchors(store, config, ds, rows["user_id"])
+    past = rows[anchor.isna() | (rows["event_time"] < anchor)]
+    return past, rows[_in_horizon(rows, anchor, config)]
+
+
+def load_shown(store: DeltaStore, config: Config, ds: str) -> pd.DataFrame:
+    """Events of any action in the horizon after their users' anchors: user_id, item_id, event_time."""
+    day = dt.date.fromisoformat(ds)
+    last = (day + dt.timedelta(days=config.labels.horizon_days)).isoformat()
+    # The log of an archive lies under one day, whenever things happened.
+    first = "" if config.anchors == "explicit" else ds
+    days = [d for d in store.days("behavior_log") if first <= d <= last]
+    rows = store.read("behavior_log", ["user_id", "item_id", "event_time"], days=days).to_pandas()
+    return rows[_in_horizon(rows, _anchors(store, config, ds, rows["user_id"]), config)]
+
+
+def _anchors(store: DeltaStore, config: Config, ds: str, users: pd.Series) -> pd.Series:
+    """Anchor of each row's user; NaT where there is none."""
     if config.anchors == "explicit":
         anchors = store.read("anchor", ["user_id", "anchor_time"], days=[ds]).to_pandas()
-        anchor = rows["user_id"].map(anchors.set_index("user_id")["anchor_time"])
-        past = rows[anchor.isna() | (rows["event_time"] < anchor)]
-    else:
-        anchor = pd.Series(pd.Timestamp(config.end_of_day(ds)), index=rows.index)
-        past = rows[rows["event_time"] < anchor]
-    future = rows[(rows["event_time"] > anchor) & (rows["event_time"] <= anchor + horizon)]
-    return past, future
+        return users.map(anchors.set_index("user_id")["anchor_time"])
+    return pd.Series(pd.Timestamp(config.end_of_day(ds)), index=users.index)
 
 
-def exposure_features(snapshot: Snapshot, exposures: pd.DataFrame) -> np.ndarray:
-    """Block-score features [n, F] of the exposures, as the ranking service computes them."""
-    out = np.zeros((len(exposures), len(FEATURES)))
-    for user, rows in exposures.groupby("user_id", sort=False).indices.items():
-        out[rows] = snapshot.features(str(user), exposures["item_id"].to_numpy()[rows].tolist())
-    return out
+def _in_horizon(rows: pd.DataFrame, anchor: pd.Series, config: Config) -> pd.Series:
+    horizon = dt.timedelta(days=config.labels.horizon_days)
+    return (rows["event_time"] > anchor) & (rows["event_time"] <= anchor + horizon)
 
 
 def load_predictions(store: DeltaStore, ds: str, trie: Trie) -> tuple[dict[str, np.ndarray], int]:
@@ -195,22 +238,31 @@ def hit_table(
     Columns: hr (one of the first dislikes), fhr (any), short (fewer than 3 past dislikes), tail (a
     later dislike of an item with fewer than 5 past ones exists), lif (one of those is predicted).
     """
-    negatives = past[past["polarity"] == -1]
-    by_user = negatives.groupby("user_id").size()
-    by_item = negatives.groupby("item_id")["user_id"].nunique()
     events = future[future["polarity"] == -1]
     leaf = events["item_id"].map(leaf_of_item).fillna(-1).to_numpy(np.int64)
     hit = np.zeros(len(events), bool)
     for user, at in events.groupby("user_id").indices.items():
         hit[at] = (leaf[at] >= 0) & np.isin(leaf[at], predicted.get(str(user), ()))
     first = events["event_time"] == events.groupby("user_id")["event_time"].transform("min")
-    rare = events["item_id"].map(by_item).fillna(0) < _LONG_TAIL_ITEM
+    rare = _rare_items(past, events["item_id"])
     marks = pd.DataFrame(
         {"user_id": events["user_id"], "hr": hit & first, "fhr": hit, "tail": rare, "lif": hit & rare}
     )
     rows = marks.groupby("user_id").any().reset_index()
-    rows["short"] = rows["user_id"].map(by_user).fillna(0) < _LONG_TAIL_USER
+    rows["short"] = _new_users(past, rows["user_id"])
     return rows
+
+
+def _new_users(past: pd.DataFrame, users: pd.Series) -> pd.Series:
+    """Which users have fewer than 3 past dislikes."""
+    counts = past[past["polarity"] == -1].groupby("user_id").size()
+    return users.map(counts).fillna(0) < _LONG_TAIL_USER
+
+
+def _rare_items(past: pd.DataFrame, items: pd.Series) -> pd.Series:
+    """Which items were disliked by fewer than 5 users."""
+    counts = past[past["polarity"] == -1].groupby("item_id")["user_id"].nunique()
+    return items.map(counts).fillna(0) < _LONG_TAIL_ITEM
 
 
 def _flattened(features: np.ndarray, column: int) -> np.ndarray:
@@ -220,9 +272,9 @@ def _flattened(features: np.ndarray, column: int) -> np.ndarray:
 
 
 def _row(name: str, own: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> Row:
-    """Figures of a method, and the lead of ours over it, from their draws."""
-    lead = {} if own is ours else {of: Estimate.of(ours[of] - own[of]) for of in LEADS}
-    return Row(name, {of: Estimate.of(draws) for of, draws in own.items()}, lead)
+    """Figures of a method, and their distance from ours, from the draws of both."""
+    difference = {} if own is ours else {of: Estimate.of(ours[of] - draws) for of, draws in own.items()}
+    return Row(name, {of: Estimate.of(draws) for of, draws in own.items()}, difference)
 
 
 def _ranking(scores: np.ndarray, exposures: pd.DataFrame) -> Ranking:
@@ -237,9 +289,10 @@ def _blocked(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> dict[str
 
     def overall(times: np.ndarray) -> list[float]:
         curve = ranking.curve(times)
-        return [curve.blocked_at(0.01), curve.blocked_at(0.05), curve.auc()]
+        lost = [curve.likes_blocked_at(recall) for recall in RECALLS]
+        return [curve.blocked_at(0.01), curve.blocked_at(0.05), curve.auc(), *lost]
 
-    names = ("blocked at 1 %", "blocked at 5 %", "AUC")
+    names = ("blocked at 1 %", "blocked at 5 %", "AUC", *FIGURES["likes lost at equal recall"])
     found = dict(zip(names, bootstrap(overall, users, seed).T, strict=True))
     found["AUC within user"] = bootstrap(
         lambda times: within_user_auc(ordered * times, pairs * times), np.arange(len(pairs)), seed
@@ -247,19 +300,38 @@ def _blocked(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> dict[str
     return found
 
 
+def _long_tail(
+    scores: np.ndarray, exposures: pd.DataFrame, past: pd.DataFrame, seed: int
+) -> dict[str, np.ndarray]:
+    """Draws of the blocked shares among the exposures of new users, and among those of rare items."""
+    found: dict[str, np.ndarray] = {}
+    for who, mask in (
+        ("new users", _new_users(past, exposures["user_id"])),
+        ("rare items", _rare_items(past, exposures["item_id"])),
+    ):
+        rows = exposures[mask]
+        ranking = _ranking(scores[mask.to_numpy()], rows)
+
+        def blocked(times: np.ndarray, ranking: Ranking = ranking) -> list[float]:
+            curve = ranking.curve(times)
+            return [curve.blocked_at(0.01), curve.blocked_at(0.05)]
+
+        names = (f"{who}: blocked at 1 %", f"{who}: blocked at 5 %")
+        found |= dict(zip(names, bootstrap(blocked, rows["user"].to_numpy(), seed).T, strict=True))
+    return found
+
+
 def _predicted(hits: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
     """Draws of the figures that judge predicted sets."""
-    return {
-        "HR@20": _mean_over_users(hits["hr"], seed),
-        "FHR@20": _mean_over_users(hits["fhr"], seed),
-        "LUF@20": _mean_over_users(hits["fhr"][hits["short"]], seed),
-        "LIF@20": _mean_over_users(hits["lif"][hits["tail"]], seed),
+    values = {
+        "HR@20": hits["hr"],
+        "FHR@20": hits["fhr"],
+        "LUF@20": hits["fhr"][hits["short"]],
+        "LIF@20": hits["lif"][hits["tail"]],
     }
+    return {name: mean_over_users(own.to_numpy(float), seed) for name, own in values.items()}
 
 
-def _mean_over_users(values: pd.Series, seed: int) -> np.ndarray:
-    """Draws of the mean of one value per user; NaN without any."""
-    own = values.to_numpy(float)
-    if not len(own):
-        return np.array([np.nan])
-    return bootstrap(lambda times: float(np.average(own, weights=times)), np.arange(len(own)), seed)
+def _counts(candidates: Candidates) -> CandidateCounts:
+    users = int(candidates.pairs["user_id"].nunique())
+    return CandidateCounts(users, candidates.whole, candidates.other_days, candidates.alone)

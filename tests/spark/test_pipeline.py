@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyspark
 import pytest
@@ -41,6 +42,7 @@ from negrec_core.trie import Trie
 from train.codebook import train_codebook
 from train.evaluate import evaluate
 from train.generator import train_generator
+from train.ours import generation_score
 
 # Read by torch in Spark's workers: threads that wait must not take the cores of those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -292,14 +294,33 @@ def test_evaluation_judges_the_list_by_the_week_after(site: Site) -> None:
     assert figures.listed == len({row["user_id"] for row in rows_of(site.open().store, "block_list")})
     assert figures.dislikes > 0
     assert figures.likes > 0
-    assert [row.method for row in figures.rows][:2] == ["negrec", "random"]
+    methods = ["negrec", "similarity alone", "generation alone", "random"]
+    assert [row.method for row in figures.rows][:4] == methods
+    assert figures.candidates.users > 0
+    assert 0 < figures.coverage["top-1"]["next"].value <= figures.coverage["top-1"]["horizon"].value
     for row in figures.rows:
-        for name in ("blocked at 1 %", "blocked at 5 %", "AUC", "AUC within user", "HR@20", "FHR@20"):
+        for name in ("blocked at 1 %", "blocked at 5 %", "AUC", "AUC within user", "candidate accuracy"):
             figure = row.figures[name]
             assert 0 <= figure.low <= figure.high <= 1, (row.method, name)
-        assert row.figures["HR@20"].value <= row.figures["FHR@20"].value
         assert row.figures["blocked at 1 %"].value <= row.figures["blocked at 5 %"].value
     assert evaluate(site.root, site.config, DS, seed=SEED).rows == figures.rows
+
+
+def test_generation_scores_predicted_ids_as_beam_search_did(site: Site) -> None:
+    store = site.open().store
+    item = {tuple(row["codes"]): row["item_id"] for row in rows_of(store, "item_semantic_id")}
+    predicted = rows_of(store, "negative_item_set", DS)[:500]
+    pairs = pd.DataFrame(
+        {
+            "user_id": [row["user_id"] for row in predicted] + ["nobody", predicted[0]["user_id"]],
+            "item_id": [item[tuple(row["codes"])] for row in predicted] + [item[max(item)], "no such item"],
+        }
+    )
+    score = generation_score(store, site.root / "models", site.config.generation, DS)
+    found = score(pairs)
+    np.testing.assert_allclose(found[:-2], [row["log_prob"] for row in predicted], atol=1e-4)
+    assert -np.inf < found[-2] < 0
+    assert found[-1] == -np.inf
 
 
 def test_commands_show_the_site(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -322,7 +343,7 @@ def test_commands_show_the_site(site: Site, monkeypatch: pytest.MonkeyPatch, tmp
     assert item in shown("filter", entry["user_id"], item, "no such item")
     assert "nothing to do" in shown("run", "--ds", DS)
     out = tmp_path / "figures.json"
-    assert "lead of negrec over" in shown("evaluate", "--ds", DS, "--out", str(out))
+    assert "negrec minus" in shown("evaluate", "--ds", DS, "--out", str(out))
     assert '"illegal": 0' in out.read_text()
 
 

@@ -11,10 +11,10 @@ from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore, Provenance
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
-from negrec_core.metrics import LEADS
+from negrec_core.metrics import FIGURES, LONG_TAIL
 from negrec_core.schemas import TABLES
 from negrec_core.trie import Trie
-from train.evaluate import evaluate, hit_table, load_predictions, split_feedback
+from train.evaluate import CandidateCounts, evaluate, hit_table, load_predictions, split_feedback
 
 DAY = dt.date.fromisoformat(DS)
 CONFIG = load_config([], [], {})
@@ -38,6 +38,8 @@ def log(store, events):
         by_day[row["event_time"].date().isoformat()].append(row)
     for day, rows in by_day.items():
         write_rows(store, "feedback", rows, day)
+        shown = [{**row, "action": "like" if row["polarity"] == 1 else "dislike"} for row in rows]
+        write_rows(store, "behavior_log", shown, day)
 
 
 def seen(frame):
@@ -194,13 +196,46 @@ def test_evaluation_of_a_list_that_is_right(tmp_path):
     assert ours.method == "negrec"
     names = ("HR@20", "FHR@20", "blocked at 1 %", "AUC", "AUC within user")
     assert [ours.figures[name].value for name in names] == [1] * 5
-    assert not ours.lead
+    assert not ours.difference
+    assert set(ours.figures) == {name for names in FIGURES.values() for name in names} | set(LONG_TAIL)
     for row in found.rows[1:]:
-        for name in LEADS:
+        assert set(row.difference) == set(row.figures)
+        for name in row.figures:
             difference = ours.figures[name].value - row.figures[name].value
-            assert row.lead[name].value == pytest.approx(difference, nan_ok=True)
+            assert row.difference[name].value == pytest.approx(difference, nan_ok=True)
+    # Of v's two dislikes the later one is beyond the horizon.
+    assert found.candidates == CandidateCounts(users=2, whole=0, other_days=1, alone=0)
+    assert ours.figures["candidate accuracy"].value == 1
     again = evaluate(tmp_path, CONFIG, DS, seed=1)
     assert again.rows == found.rows
+
+
+def test_methods_without_sets_have_no_figures_of_sets(tmp_path):
+    store, past = published(tmp_path, {"u": ["i3"]})
+    log(store, [*past, event("u", "i3", at(1)), event("u", "i7", at(1), 1)])
+    rows = {row.method: row for row in evaluate(tmp_path, CONFIG, DS, seed=1).rows}
+    assert "generation alone" not in rows  # this list names no generator
+    missing = set(rows["negrec"].figures) - set(rows["similarity alone"].figures)
+    assert missing == {"HR@20", "FHR@20", "LUF@20", "LIF@20"}
+
+
+def test_a_long_tail_is_blocked_at_a_threshold_of_its_own(tmp_path):
+    """Two users with a past, whose likes and dislikes score alike, and a new one told apart."""
+    store, past = published(tmp_path, {"u": ["i3"], "new": ["i4"]})
+    often = [event("u", f"i{n}", at(-3)) for n in (0, 1, 2)]
+    log(
+        store,
+        [
+            *past,
+            *often,
+            *(event("u", item, at(1), polarity) for item, polarity in (("i3", 1), ("i8", -1))),
+            *(event("new", item, at(1), polarity) for item, polarity in (("i4", -1), ("i8", 1))),
+        ],
+    )
+    ours = evaluate(tmp_path, CONFIG, DS, seed=1).rows[0].figures
+    assert ours["blocked at 1 %"].value < 1
+    assert ours["new users: blocked at 1 %"].value == 1
+    assert ours["rare items: blocked at 1 %"].value == ours["blocked at 1 %"].value
 
 
 def test_a_future_that_is_not_there_yet_is_an_error_not_a_shorter_window(tmp_path):

@@ -77,6 +77,37 @@ def test_a_tie_with_a_like_that_must_pass_is_not_blocked():
     assert blocked_at(np.array([1.0, 1.0]), np.array([True, False]), 0.5) == 0
 
 
+@given(ROWS, st.sampled_from([0.1, 0.3, 0.5, 1.0]))
+def test_likes_blocked_at_a_recall_are_the_mean_over_orders_of_equal_scores(rows, recall):
+    """Blocked one by one, a dislike of a group of equal scores stands where chance puts it among its likes.
+
+    Where the recall falls between two dislikes, the likes between them count in proportion.
+    """
+    scores, disliked, _ = arrays(rows)
+    found = Ranking.of(scores, disliked).curve().likes_blocked_at(recall)
+    if disliked.all() or not disliked.any():
+        assert np.isnan(found)
+        return
+    wanted, lost = recall * disliked.sum(), 0.0
+    for score in sorted(set(scores), reverse=True):
+        bad, good = (disliked & (scores == score)).sum(), (~disliked & (scores == score)).sum()
+        if bad >= wanted - 1e-6:
+            lost += good * wanted / bad
+            break
+        wanted, lost = wanted - bad, lost + good
+    assert found == pytest.approx(lost / (~disliked).sum(), abs=1e-6)
+
+
+def test_likes_blocked_at_a_recall_by_hand():
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.5])
+    disliked = np.array([True, False, True, False, True, False])
+    curve = Ranking.of(scores, disliked).curve()
+    assert curve.likes_blocked_at(1 / 3) == pytest.approx(0)
+    assert curve.likes_blocked_at(2 / 3) == pytest.approx(1 / 3)
+    # The last dislike and the last like are blocked together.
+    assert curve.likes_blocked_at(1.0) == pytest.approx(1)
+
+
 @given(ROWS)
 def test_within_user_auc_counts_pairs_of_one_user_alike(rows):
     scores, disliked, users = arrays(rows)
