@@ -16,12 +16,13 @@ ifneq ($(shell $(BIN)/python -c 'print(open("$(PACKAGES)").read())' 2>/dev/null)
 .PHONY: $(PACKAGES)
 endif
 
-.PHONY: help demo test lint setup clean java
+.PHONY: help demo test tables lint setup clean java
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   set up, then run the whole pipeline on made-up data (negrec demo)"
 	@echo "make test   set up, then run the linters, the type checker and all tests"
+	@echo "make tables train and judge on every public data set (hours; QUICK=1: minutes): train/RESULTS.md"
 	@echo "make lint   the linters and the type checker alone"
 	@echo "make setup  the environment alone: $(VENV), from conf/lock/$(LOCK).txt"
 	@echo "make clean  remove the environment and caches"
@@ -33,6 +34,9 @@ demo: java setup
 
 test: java lint
 	$(BIN)/python -m pytest --durations=15
+
+tables: java setup
+	$(BIN)/python -m train.tables $(if $(QUICK),--quick)
 
 lint: setup
 	$(BIN)/ruff check .

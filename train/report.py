@@ -1,0 +1,155 @@
+"""`train/RESULTS.md` from the cells that `train.tables` worked out."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negrec_core.metrics import FIGURES, LONG_TAIL, Estimate
+from train.ours import GENERATION, OURS, SIMILARITY
+from train.plots import plot_methods
+
+_PARTS = (OURS, SIMILARITY, GENERATION)
+_CLAIMS = (
+    "blocked at 1 %",
+    "blocked at 5 %",
+    "AUC within user",
+    "FHR@20",
+    "LUF@20",
+    "LIF@20",
+    "candidate accuracy",
+)
+_HEAD = """# Results
+
+Made by `make tables` from the files in `results/`; not to be edited. Figures are means over seeds. Intervals
+are 95 % bootstrap intervals over users, their ends averaged over seeds; those of a difference are paired:
+both methods are judged on the same resampled users. `similarity alone` is the cosine to the nearest
+predicted ID, the rule of the paper; `generation alone` is the generator's log-likelihood of the item's
+semantic ID. Both are parts of negrec, not baselines. Likes lost: the share of the likes that is blocked
+together with that share of the dislikes; less is better.
+"""
+
+
+def write_report(results: Path, order: Sequence[str], out: Path) -> None:
+    """Write the report and its plots.
+
+    Args:
+        results: folder of the cells; plots are written there too.
+        order: names of the data sets.
+        out: file of the report, in the folder above `results`.
+    """
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    by_dataset = {name: [cell for cell in cells if cell["dataset"] == name] for name in order}
+    judged = {name: own for name, all_ in by_dataset.items() if (own := [c for c in all_ if not c["error"]])}
+    parts = [_HEAD, _summary(judged.values())]
+    for name, own in judged.items():
+        parts.append(_dataset(own, results, name))
+    parts.append(_costs(cell for all_ in by_dataset.values() for cell in all_))
+    out.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _summary(datasets: Iterable[list[dict[str, Any]]]) -> str:
+    rows = []
+    for cells in datasets:
+        methods = _rows(cells, "figures")
+        differences = _rows(cells, "difference")
+        for figure in _CLAIMS:
+            others = {
+                name: figures[figure].value
+                for name, figures in methods.items()
+                if name not in _PARTS and figure in figures and not math.isnan(figures[figure].value)
+            }
+            if others:
+                best = max(others, key=lambda name: others[name])
+                ours = methods[OURS][figure]
+                ratio = f"{ours.value / others[best]:.2f}" if others[best] else "-"
+                difference = _show(differences[best][figure], "+")
+                rows.append(
+                    [cells[0]["title"], figure, _show(ours), best, f"{others[best]:.3f}", ratio, difference]
+                )
+    head = ["data", "figure", OURS, "best other", "of that", "ratio", "difference"]
+    return "## Beside the best other method\n\n" + _table(head, rows)
+
+
+def _dataset(cells: list[dict[str, Any]], results: Path, name: str) -> str:
+    found = cells[0]["evaluation"]
+    seeds = ", ".join(str(cell["seed"]) for cell in cells)
+    drawn = found["candidates"]
+    lines = [
+        f"## {cells[0]['title']}\n",
+        f"{found['users']:,} users, {found['dislikes']:,} dislikes, {found['likes']:,} likes; seeds {seeds}."
+        f" Candidate accuracy: {drawn['users']:,} users, {drawn['whole']:,} of them with all 20 candidates,"
+        f" {drawn['other_days']:,} with some of other days; {drawn['alone']:,} users were shown nothing else"
+        " and are left out.\n",
+    ]
+    methods, differences = _rows(cells, "figures"), _rows(cells, "difference")
+    for about, names in {**FIGURES, "the long tail": LONG_TAIL}.items():
+        lines += [f"### {about.capitalize()}\n", _methods(methods, names, "")]
+        lines += [f"{OURS} minus:\n", _methods({m: r for m, r in differences.items() if r}, names, "+")]
+    lines += ["### Main negative interests covered\n", _coverage(cells)]
+    plot = results / f"{name}.png"
+    shown = ("blocked at 1 %", "blocked at 5 %", *FIGURES["likes lost at equal recall"])
+    plot_methods({f: {m: row[f] for m, row in methods.items()} for f in shown}, plot, cells[0]["title"])
+    return "\n".join([*lines, f"![{cells[0]['title']}]({results.name}/{plot.name})\n"])
+
+
+def _coverage(cells: list[dict[str, Any]]) -> str:
+    shares = [cell["evaluation"]["coverage"] for cell in cells]
+    head = ["", *next(iter(shares[0].values()))]
+    rows = [
+        [top, *(_show(_mean([share[top][column] for share in shares])) for column in head[1:])]
+        for top in shares[0]
+    ]
+    return _table(head, rows)
+
+
+def _costs(cells: Iterable[dict[str, Any]]) -> str:
+    rows = []
+    for cell in cells:
+        longest = max(cell["steps"], key=lambda step: step["seconds"], default=None)
+        rows.append(
+            [
+                cell["title"],
+                str(cell["seed"]),
+                f"{sum(step['seconds'] for step in cell['steps']):,.0f}",
+                f"{longest['command'].split()[1]} {longest['seconds']:,.0f}" if longest else "-",
+                str(cell["cores"]),
+                (cell["error"] or "").replace("|", "/"),
+            ]
+        )
+    head = ["data", "seed", "seconds in all", "longest command", "cores", "failed with"]
+    return "## Cost, and cells that failed\n\n" + _table(head, rows)
+
+
+def _rows(cells: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Estimate]]:
+    """Method -> figure -> mean over the cells that have it."""
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for cell in cells:
+        for row in cell["evaluation"]["rows"]:
+            own = found.setdefault(row["method"], {})
+            for figure, estimate in row[kind].items():
+                own.setdefault(figure, []).append(estimate)
+    return {m: {figure: _mean(all_) for figure, all_ in own.items()} for m, own in found.items()}
+
+
+def _mean(estimates: list[dict[str, float]]) -> Estimate:
+    return Estimate(*(float(np.mean([e[end] for e in estimates])) for end in ("value", "low", "high")))
+
+
+def _methods(rows: dict[str, dict[str, Estimate]], names: Sequence[str], sign: str) -> str:
+    body = [[method, *(_show(own.get(name), sign) for name in names)] for method, own in rows.items()]
+    return _table(["method", *names], body)
+
+
+def _show(figure: Estimate | None, sign: str = "") -> str:
+    if figure is None or math.isnan(figure.value):
+        return "-"
+    return f"{figure.value:{sign}.3f} [{figure.low:{sign}.3f} {figure.high:{sign}.3f}]"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
