@@ -143,13 +143,16 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
     candidates = draw_candidates(future, load_shown(store, config, ds), config.timezone, seed)
     methods = ours(store, warehouse / "models", config.generation, snapshot, predicted)
     methods |= baselines(known, users, seed)
+    # Most candidates are exposures too, and a generator reads the user's prompt once for both.
+    columns = ["user_id", "item_id"]
+    pairs = pd.concat([exposures[columns], candidates.pairs[columns]], ignore_index=True)
     draws = {}
     for name, method in methods.items():
-        scores = method.score(exposures)
+        scores, of_candidates = np.split(method.score(pairs), [len(exposures)])
         draws[name] = _blocked(scores, exposures, seed) | _long_tail(scores, exposures, past, seed)
         if method.sets is not None:
             draws[name] |= _predicted(hit_table(past, future, method.sets, leaf_of_item), seed)
-        accuracy = chosen(candidates.pairs, method.score(candidates.pairs))
+        accuracy = chosen(candidates.pairs, of_candidates)
         draws[name]["candidate accuracy"] = mean_over_users(accuracy, seed)
     features = pair_features(snapshot, exposures)
     disliked = exposures["disliked"].to_numpy()
