@@ -13,6 +13,8 @@ from train.ours import GENERATION, OURS, SIMILARITY
 from train.plots import plot_methods
 
 _PARTS = (OURS, SIMILARITY, GENERATION)
+# The figures of which less is better.
+_LOST = FIGURES["likes lost at equal recall"]
 _CLAIMS = (
     "blocked at 1 %",
     "blocked at 5 %",
@@ -21,6 +23,7 @@ _CLAIMS = (
     "LUF@20",
     "LIF@20",
     "candidate accuracy",
+    *_LOST,
 )
 _HEAD = """# Results
 
@@ -63,7 +66,7 @@ def _summary(datasets: Iterable[list[dict[str, Any]]]) -> str:
                 if name not in _PARTS and figure in figures and not math.isnan(figures[figure].value)
             }
             if others:
-                best = max(others, key=lambda name: others[name])
+                best = (min if figure in _LOST else max)(others, key=others.__getitem__)
                 ours = methods[OURS][figure]
                 ratio = f"{ours.value / others[best]:.2f}" if others[best] else "-"
                 difference = _show(differences[best][figure], "+")

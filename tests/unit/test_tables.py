@@ -126,6 +126,7 @@ def test_the_report_gives_means_over_seeds_and_the_best_other_method(tmp_path, n
     lines = (tmp_path / "RESULTS.md").read_text().splitlines()
     best = "item rate | 0.200 | 2.00 | +0.200 [+0.180 +0.220] |"
     assert f"| Toy data | blocked at 1 % | 0.400 [0.380 0.420] | {best}" in lines
+    assert any("likes lost at 10 % | 0.400 [0.380 0.420] | item rate" in line for line in lines)
     # A method that predicts no sets, and one without a figure.
     assert any(line.startswith("| similarity alone | - | - ") for line in lines)
     assert any("seeds 7, 8." in line for line in lines)
