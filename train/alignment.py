@@ -13,9 +13,10 @@ import torch
 from peft import LoraConfig, TaskType
 from transformers import PreTrainedModel
 
+from negrec_core.beam.torch_engine import TorchBeamEngine
 from negrec_core.errors import ArtefactError, InputError
-from train.likelihood import constrained_log_probs
-from train.samples import SampleWriter, load_samples, padded
+from negrec_core.prompts import Event
+from train.samples import SampleWriter, load_samples
 from train.steps import Outcome, Student, Task
 from train.warm_up import SidSamples, fit_sids
 
@@ -101,8 +102,7 @@ def merge(adapted: Any, probe: torch.Tensor) -> PreTrainedModel:
     return merged
 
 
-@torch.no_grad()
-def accuracy(task: Task, student: Student, batch_size: int = 64) -> float | None:
+def accuracy(task: Task, student: Student) -> float | None:
     """Share of held-out samples whose rejected item is the likeliest of the four; None without any.
 
     The forgetting of a later step is what it loses of this.
@@ -113,28 +113,16 @@ def accuracy(task: Task, student: Student, batch_size: int = 64) -> float | None
     samples = load_samples(rows.filter(rows["held_out"]), task.ids.index)
     if not len(samples):
         return None
-    blocks = student.prompt.blocks(task.ids.codes)
-    device, right = student.model.device, 0
-    student.model.eval()
-    for start in range(0, len(samples), batch_size):
-        part = [samples[n] for n in range(start, min(start + batch_size, len(samples)))]
-        written, rng = [], np.random.default_rng([task.seed, start])
-        for sample in part:
-            writer = SampleWriter(student.prompt, blocks, 0.0, 0.0, 1, 0.0, 0.0, task.seed)
-            order = rng.permutation(sample["options"])
-            # The target comes first, so that ties count against the model.
-            others = [sid for sid in order if sid != sample["target"]]
-            for answer in [*others, sample["target"]]:
-                written.append(writer.write({**sample, "target": answer}, np.random.default_rng(start)))
-        batch = padded(written, student.prompt.pad)
-        tokens = batch["input_ids"].to(device)
-        logits = student.model(input_ids=tokens, attention_mask=batch["attention_mask"].to(device)).logits
-        depth = task.trie.depth
-        last = batch["attention_mask"].sum(1) - depth
-        at = (last[:, None] + torch.arange(depth)).to(device)
-        rows_of = torch.arange(len(tokens), device=device)[:, None]
-        scores = constrained_log_probs(
-            logits[rows_of, at - 1], tokens.gather(1, at), task.trie, student.prompt.vocabulary
-        )[0].sum(1)
-        right += int((scores.view(len(part), -1).argmax(1) == len(sample["options"]) - 1).sum())
-    return right / len(samples)
+    blocks, rng = student.prompt.blocks(task.ids.codes), np.random.default_rng(task.seed)
+    prompts = []
+    for sample in samples:
+        events = enumerate(zip(sample["disliked"], sample["sids"], strict=True))
+        past = [Event(time, disliked, sid) for time, (disliked, sid) in events]
+        named = [blocks[sid] for sid in rng.permutation(sample["options"])]
+        prompts.append(student.prompt.asking(named).write(past, blocks)[0])
+    options = np.asarray(samples["options"])
+    leaves = task.trie.find(task.ids.codes[options.ravel()]).reshape(options.shape)
+    engine = TorchBeamEngine(student.model, student.prompt.vocabulary)
+    scores = engine.log_probs(prompts, task.trie, leaves)
+    # The target is the first option.
+    return float((scores[:, 0] > scores[:, 1:].max(1)).mean())
