@@ -9,14 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages-$(LOCK)
 PROJECT := $(VENV)/.project
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --no-compile
+INSTALL := -m pip --disable-pip-version-check install -qq --no-compile
+PIP := $(BIN)/python $(INSTALL) --no-deps
+RECBOLE := .venv-recbole
 
 # A set-up counts if it was finished, in this folder, and its Python still runs.
 ifneq ($(shell $(BIN)/python -c 'print(open("$(PACKAGES)").read())' 2>/dev/null),$(CURDIR))
 .PHONY: $(PACKAGES)
 endif
 
-.PHONY: help demo test tables lint setup clean java
+.PHONY: help demo test tables lint setup recbole clean java
 .NOTPARALLEL:
 
 help:
@@ -25,7 +27,8 @@ help:
 	@echo "make tables train and judge on every public data set (hours; QUICK=1: minutes): train/RESULTS.md"
 	@echo "make lint   the linters and the type checker alone"
 	@echo "make setup  the environment alone: $(VENV), from conf/lock/$(LOCK).txt"
-	@echo "make clean  remove the environment and caches"
+	@echo "make recbole  $(RECBOLE), for evaluation beside sequential recommenders"
+	@echo "make clean  remove the environments and caches"
 	@echo "LOCK=cpu or LOCK=gpu chooses the packages (default: gpu where nvidia-smi works)"
 	@echo "PYTHON=/path/to/python3.11 chooses the Python"
 
@@ -79,5 +82,15 @@ $(PROJECT): $(PACKAGES) pyproject.toml
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
+recbole: $(RECBOLE)/.packages
+
+# PyTorch comes with what its build asks for: CUDA libraries, where the index has no CPU build.
+$(RECBOLE)/.packages: conf/lock/recbole.txt
+	@echo "negrec: installing the packages of $< into $(RECBOLE), once (1 to 3 minutes)"
+	@$(PYTHON) -m venv --clear $(RECBOLE)
+	@$(RECBOLE)/bin/python $(INSTALL) -c $< torch
+	@$(RECBOLE)/bin/python $(INSTALL) --no-deps -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(RECBOLE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

