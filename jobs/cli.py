@@ -288,12 +288,21 @@ def evaluate(
     ds: Day,
     out: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
     seed: Seed = 7,
+    sequential: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with sequential recommenders too; the Python that `make recbole` made.",
+            metavar="PYTHON",
+        ),
+    ] = None,
 ) -> None:
     """Compare the list of a log date with what users did in the days after, and with simple rules."""
     from train.evaluate import evaluate as figures
 
     warehouse = ctx.obj.open()
-    views.show_evaluation(figures(warehouse.root, warehouse.config, _iso(ds), seed=seed), out)
+    views.show_evaluation(
+        figures(warehouse.root, warehouse.config, _iso(ds), seed=seed, sequential=sequential), out
+    )
 
 
 @app.command()

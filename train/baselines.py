@@ -87,9 +87,9 @@ def baselines(known: Known, users: list[str], seed: int) -> dict[str, Method]:
     items = _counts(known.past, ["item_id"])
     by_count = items["negatives"].sort_values(ascending=False, kind="stable")
     most_disliked = _leaves(by_count.index, known.leaf)
-    own = _own_dislikes(known)
+    own = own_dislikes(known)
     ids_by_rate = _ids_by_rate(known)
-    by_rate = {user: _first_new(ids_by_rate, own.get(user)) for user in users}
+    by_rate = {user: first_new(ids_by_rate, own.get(user)) for user in users}
 
     def rates(pairs: pd.DataFrame) -> pd.DataFrame:
         return features(known.past, known.category, pairs, known.pseudo)
@@ -97,11 +97,11 @@ def baselines(known: Known, users: list[str], seed: int) -> dict[str, Method]:
     found = {
         RANDOM: Method(
             lambda pairs: np.random.default_rng(seed).random(len(pairs)),
-            {user: _first_new(_random_leaves(known.n_ids, rng), own.get(user)) for user in users},
+            {user: first_new(_random_leaves(known.n_ids, rng), own.get(user)) for user in users},
         ),
         TIMES_DISLIKED: Method(
             lambda pairs: pairs["item_id"].map(by_count).fillna(0).to_numpy(float),
-            {user: _first_new(most_disliked, own.get(user)) for user in users},
+            {user: first_new(most_disliked, own.get(user)) for user in users},
         ),
         # The user's rate moves no item before another.
         ITEM_RATE: Method(lambda pairs: rates(pairs)["item"].to_numpy(), by_rate),
@@ -191,7 +191,7 @@ def _random_leaves(n_ids: int, rng: np.random.Generator) -> np.ndarray:
     return rng.choice(n_ids, min(_MOST_OF_ONE_ID, n_ids), replace=False)
 
 
-def _own_dislikes(known: Known) -> dict[str, np.ndarray]:
+def own_dislikes(known: Known) -> dict[str, np.ndarray]:
     """Leaves of what each user has disliked."""
     rows = known.past[known.past["polarity"] == -1]
     rows = rows.assign(leaf=rows["item_id"].map(known.leaf)).dropna(subset=["leaf"])
@@ -199,7 +199,7 @@ def _own_dislikes(known: Known) -> dict[str, np.ndarray]:
     return {str(user): np.unique(leaf[at]) for user, at in rows.groupby("user_id").indices.items()}
 
 
-def _first_new(ranked: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+def first_new(ranked: np.ndarray, own: np.ndarray | None) -> np.ndarray:
     """The first 20 of distinct leaves in order, without the user's own dislikes."""
     if own is not None:
         ranked = ranked[: SET_SIZE + len(own)]
@@ -230,7 +230,7 @@ def _category_sets(
     tops = {name: _leaves(of.index[of == name], known.leaf) for name in worst.unique()}
     everything = _leaves(by_count, known.leaf)
     ranked = {user: tops[worst[user]] if user in worst else everything for user in users}
-    return {user: _first_new(leaves, own.get(user)) for user, leaves in ranked.items()}
+    return {user: first_new(leaves, own.get(user)) for user, leaves in ranked.items()}
 
 
 def _swing(known: Known, users: list[str], own: dict[str, np.ndarray]) -> Method:
@@ -265,7 +265,7 @@ def _swing(known: Known, users: list[str], own: dict[str, np.ndarray]) -> Method
             span = slice(block.indptr[n], block.indptr[n + 1])
             best = np.argsort(-block.data[span], kind="stable")[:_MOST_OF_ONE_ID]
             ranked = _leaves(items[block.indices[span][best]], known.leaf)
-            sets[str(who[at_user])] = _first_new(ranked, own.get(str(who[at_user])))
+            sets[str(who[at_user])] = first_new(ranked, own.get(str(who[at_user])))
     return Method(score, sets)
 
 
@@ -287,6 +287,6 @@ def _ranked_sets(
             )
             for user, scores in zip(some, classify(pairs).reshape(len(some), -1), strict=True):
                 best = np.argsort(-scores, kind="stable")
-                yield user, _first_new(_leaves(candidates[best], known.leaf), own.get(user))
+                yield user, first_new(_leaves(candidates[best], known.leaf), own.get(user))
 
     return dict(blocks())

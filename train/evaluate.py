@@ -5,6 +5,7 @@ feedback before the anchors. Nothing here changes a table.
 """
 
 import datetime as dt
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,9 @@ from train.baselines import SET_SIZE, Known, baselines, judged
 from train.candidates import Candidates, chosen, draw_candidates
 from train.coverage import coverage
 from train.ours import OURS, ours, pair_features
+from train.sequential import sequential_baselines
+
+log = logging.getLogger("negrec")
 
 _LONG_TAIL_USER = 3
 _LONG_TAIL_ITEM = 5
@@ -103,8 +107,12 @@ class Evaluation:
     dislikes_over: float
 
 
-def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluation:
+def evaluate(
+    warehouse: Path, config: Config, ds: str, *, seed: int, sequential: Path | None = None
+) -> Evaluation:
     """Judge the list of `ds` by the feedback of the horizon after its anchors.
+
+    `sequential` is the Python of the sequential recommenders' environment; without, they are left out.
 
     Raises:
         MissingError: no list for `ds`, or the horizon after it was not logged to its end.
@@ -143,6 +151,10 @@ def evaluate(warehouse: Path, config: Config, ds: str, *, seed: int) -> Evaluati
     candidates = draw_candidates(future, load_shown(store, config, ds), config.timezone, seed)
     methods = ours(store, warehouse / "models", config.generation, snapshot, predicted)
     methods |= baselines(known, users, seed)
+    if sequential:
+        methods |= sequential_baselines(known, users, seed, sequential)
+    else:
+        log.info("without sequential recommenders; `make recbole`, then --sequential PYTHON, adds them")
     # Most candidates are exposures too, and a generator reads the user's prompt once for both.
     columns = ["user_id", "item_id"]
     pairs = pd.concat([exposures[columns], candidates.pairs[columns]], ignore_index=True)
