@@ -21,6 +21,7 @@ import os
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,13 +112,22 @@ def sequential_baselines(
     """
     asked = pd.Index(users, dtype=object)
     own = own_dislikes(known)
-    found = {}
-    for polarities in (DISLIKES, BOTH):
-        for model in MODELS:
-            name = f"{model}, {polarities}"
-            chances = fit(known, asked, model, polarities == BOTH, seed, python)
-            found[name] = Method(chances.scores, chances.sets(known.leaf, own))
-    return found
+
+    def method(polarities: str, model: str) -> Method:
+        chances = fit(known, asked, model, polarities == BOTH, seed, python)
+        return Method(chances.scores, chances.sets(known.leaf, own))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        methods = {
+            f"{model}, {polarities}": pool.submit(method, polarities, model)
+            for polarities in (DISLIKES, BOTH)
+            for model in MODELS
+        }
+        try:
+            return {name: task.result() for name, task in methods.items()}
+        finally:
+            # After a failure the rest must not start.
+            pool.shutdown(cancel_futures=True)
 
 
 def fit(
@@ -138,7 +148,6 @@ def fit(
             "epochs": _EPOCHS,
             "patience": _PATIENCE,
             "pretrain_epochs": _PRETRAIN_EPOCHS,
-            "threads": os.cpu_count(),
             "seed": seed,
         }
         (work / "job.json").write_text(json.dumps(job | budget))

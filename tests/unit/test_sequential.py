@@ -206,7 +206,8 @@ def test_a_failure_is_one_line_with_what_was_said(tmp_path):
 
 def test_nothing_at_or_after_the_anchor_is_exported(tmp_path):
     """The whole way from the warehouse: other events after the anchor change no byte of what RecBole gets."""
-    python = stand_in(tmp_path / "python", 'shutil.copytree(".", os.environ["KEPT"]); sys.exit("stop")')
+    keep = """shutil.copytree(".", f"{os.environ['KEPT']}/{job['polarities']} {job['model']}")\n"""
+    python = stand_in(tmp_path / "python", UNIFORM + keep)
     end = load_config([], [], {}).end_of_day(DS)
     hour = dt.timedelta(hours=1)
     past = [("u", "a", -hour, -1), ("u", "b", -2 * hour, 1), ("v", "b", -3 * hour, -1)]
@@ -232,12 +233,15 @@ def test_nothing_at_or_after_the_anchor_is_exported(tmp_path):
             write_rows(store, "feedback", rows, day)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KEPT", str(tmp_path / f"{name} export"))
-            with pytest.raises(MissingError, match="stop"):
-                evaluate(root, load_config([], [], {}), DS, seed=1, sequential=python)
+            evaluate(root, load_config([], [], {}), DS, seed=1, sequential=python)
     left, right = tmp_path / "clean export", tmp_path / "poisoned export"
-    names = ["job.json", "log/log.inter", "log/log.item"]
+    folders = [f"{polarities} {model}" for polarities in (1, 2) for model in MODELS]
+    names = [
+        f"{folder}/{file}" for folder in folders for file in ("job.json", "log/log.inter", "log/log.item")
+    ]
     assert filecmp.cmpfiles(left, right, names, shallow=False) == (names, [], [])
-    assert read_log(left)[0] == {0: ["start", "-0", "end"], 1: ["start", "-1", "end"]}
+    assert read_log(left / "1 SASRec")[0] == {0: ["start", "-0", "end"], 1: ["start", "-1", "end"]}
+    assert read_log(left / "2 FDSA")[0][0] == ["start", "+1", "-0", "end"]
 
 
 # ----------------------------------------------------------------------------------- RecBole
