@@ -176,7 +176,7 @@ def export(known: Known, users: pd.Index, both: bool, work: Path) -> pd.Index:
 
     Users and items go by their numbers: `users` come first, then those of the log; items are those of the
     index that comes back. Tokens are `-N` (disliked) and `+N` (liked); every user's events stand between
-    `start` and `end`, timed by their place.
+    `start` and `end`, timed by their place. An item's categories are the names on its category path.
 
     Raises:
         MissingError: no dislikes are known.
@@ -197,10 +197,9 @@ def export(known: Known, users: pd.Index, both: bool, work: Path) -> pd.Index:
     rows = pd.concat([starts, events, ends]).sort_values("user", kind="stable")
     rows["place"] = rows.groupby("user").cumcount()
     levels = pd.Series(items).map(known.category).fillna("").str.split("/")
-    prefixes = levels.map(lambda path: ["/".join(path[: n + 1]) for n in range(len(path))])
-    # Names may hold the separators of the format, so each level goes by a number too.
-    codes = {name: str(code) for code, name in enumerate(dict.fromkeys(prefixes.explode()))}
-    category = prefixes.map(lambda path: " ".join(codes[name] for name in path))
+    # Names may hold the separators of the format, so each goes by a number too.
+    codes = {name: str(code) for code, name in enumerate(dict.fromkeys(levels.explode()))}
+    category = levels.map(lambda path: " ".join(codes[name] for name in path))
     tokens = [f"{sign}{item}" for sign in "-+"[: 1 + both] for item in range(len(items))]
     folder = work / "log"
     folder.mkdir()
