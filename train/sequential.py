@@ -75,13 +75,15 @@ class Probabilities:
         )
         if (row < 0).any():
             raise KeyError(str(pairs["user_id"].to_numpy()[row < 0][0]))
-        out = self.logs[0, row, column].astype(float)
-        if len(self.logs) > 1:
-            out -= self.logs[1, row, column]
-        for user in np.unique(row[column < 0]):
-            values = self.logs[0, user] - (self.logs[1, user] if len(self.logs) > 1 else 0)
-            out[(row == user) & (column < 0)] = values.mean(dtype=float)
+        out = self._score(row, column)
+        new = column < 0
+        who, place = np.unique(row[new], return_inverse=True)
+        out[new] = np.array([self._score(user, slice(None)).mean() for user in who])[place]
         return out
+
+    def _score(self, row: np.ndarray | int, column: np.ndarray | slice) -> np.ndarray:
+        score = self.logs[0, row, column].astype(float)
+        return score - self.logs[1, row, column] if len(self.logs) > 1 else score
 
     def sets(self, leaf: dict[str, int], own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """User -> the 20 likeliest leaves, without those of `own` dislikes."""
