@@ -25,7 +25,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 # Caser has one convolution for each length, so RecBole asks for short sequences.
 _CASER_LENGTH = 10
 _BATCH = 256
-# Of each polarity; a day of two cores would not do for the millions of a large log.
+# Of each polarity: bounds the time that a large log takes.
 _MOST_TARGETS = 50_000
 _MOST_VALID = 2000
 
@@ -155,7 +155,7 @@ def fit(
     init_seed(config["seed"], config["reproducibility"])
     training = log.training(config, rows)
     model = get_model(config["model"])(config, log.data).to(config["device"])
-    # Importing RecBole's models leaves this on; all training takes twice as long with it.
+    # Importing RecBole's models switches this on for the whole process, and it slows all training.
     torch.autograd.set_detect_anomaly(False)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])
     if config["model"] == "S3Rec":
