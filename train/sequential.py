@@ -98,9 +98,7 @@ class Probabilities:
         return out
 
 
-def sequential_baselines(
-    known: Known, users: list[str], seed: int, python: Path
-) -> dict[str, Method]:
+def sequential_baselines(known: Known, users: list[str], seed: int, python: Path) -> dict[str, Method]:
     """RecBole's models on dislikes and on both polarities, by name.
 
     Args:
