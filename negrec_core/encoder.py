@@ -60,8 +60,9 @@ class TextEncoder:
         self.batch_size = batch_size
         self.bf16 = bf16
         self.device = torch.device(device)
-        self._tokenizer, model = _open(str(minilm_directory()) if name == MINILM else name)
-        self._model = model.to(self.device).eval().requires_grad_(False)
+        directory = str(minilm_directory()) if name == MINILM else name
+        self._tokenizer, model, _ = open_frozen(directory, AutoTokenizer, "text")
+        self._model = model.to(self.device)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._tokenizer.padding_side = "right"
@@ -96,11 +97,7 @@ class TextEncoder:
 
     def fingerprint(self) -> str:
         """Digest of all that an embedding depends on: the weights, and how a text is cut."""
-        digest = hashlib.sha256(f"{self.max_tokens} {self.bf16}".encode())
-        for name, tensor in sorted(self._model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_digest(self._model, f"{self.max_tokens} {self.bf16}")
 
     @torch.inference_mode()
     def _encode_batch(self, texts: list[str]) -> np.ndarray:
@@ -145,11 +142,35 @@ def minilm_directory() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def _open(name: str) -> tuple[Any, Any]:
+def weights_digest(model: torch.nn.Module, settings: str) -> str:
+    """Digest of a model's weights and of the settings that its embeddings depend on."""
+    digest = hashlib.sha256(settings.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_frozen(name: str, processor_class: Any, kind: str, **options: Any) -> tuple[Any, Any, bool]:
+    """Open a Hugging Face model to embed with, in float32.
+
+    Args:
+        name: directory in Hugging Face layout, or a Hugging Face model name.
+        processor_class: Auto class of what prepares its input; it is given the `options`.
+        kind: "text" or "image", for the messages.
+        options: as said.
+
+    Returns:
+        The processor, the frozen model, and whether the pooler that it has got its weights.
+
+    Raises:
+        MissingError: no such model, or no safetensors weights in it.
+        ArtefactError: the weights are not those of the model that the directory describes.
+    """
     # Its bar for a load of one second would break into the job's own progress lines.
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        processor = processor_class.from_pretrained(name, trust_remote_code=False, **options)
         model, loaded = AutoModel.from_pretrained(
             name,
             use_safetensors=True,
@@ -160,10 +181,10 @@ def _open(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise MissingError(
-            f"encoder {name}: cannot be opened as a Hugging Face text model with safetensors"
+            f"encoder {name}: cannot be opened as a Hugging Face {kind} model with safetensors"
             f" weights ({reason}); name an existing directory or model"
         ) from None
-    # transformers fills absent weights with random numbers; only an unused pooler may be absent.
+    # transformers fills absent weights with random numbers; only a pooler, then unused, may be absent.
     absent = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
     if absent or loaded["mismatched_keys"]:
         keys = absent or sorted(str(key) for key in loaded["mismatched_keys"])
@@ -171,4 +192,4 @@ def _open(name: str) -> tuple[Any, Any]:
             f"encoder {name}: the weights lack {keys[0]} ({len(keys)} tensors in all) of the model"
             f" {type(model).__name__}; the directory is incomplete, fetch it again"
         )
-    return tokenizer, model
+    return processor, model.eval().requires_grad_(False), not loaded["missing_keys"]

@@ -4,46 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertModel,
-    CLIPConfig,
-    CLIPModel,
-    PreTrainedTokenizerFast,
-)
+from encoders import WORDS, save_tokenizer, tiny_bert
+from transformers import CLIPConfig, CLIPModel
 
 from negrec_core.encoder import MINILM, TextEncoder, minilm_directory
 from negrec_core.errors import ArtefactError, InputError, MissingError
 from negrec_core.item_encoder import ItemEncoder
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "fast", "slow", "car", "boat"]
-
-
-def save_tokenizer(directory: Path, *, special: bool = True) -> None:
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    if special:
-        backend.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
-    ).save_pretrained(directory)
-
-
-def tiny_bert() -> BertModel:
-    torch.manual_seed(0)
-    return BertModel(
-        BertConfig(
-            vocab_size=len(WORDS),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=12,
-        )
-    ).eval()
 
 
 @pytest.fixture(scope="module")
