@@ -172,6 +172,7 @@ def train_codebook(ctx: typer.Context, until: Until, seed: Seed = 7) -> None:
         manifest = fit(
             warehouse.store,
             warehouse.models,
+            warehouse.media,
             warehouse.config,
             _iso(until),
             seed=seed,

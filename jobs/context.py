@@ -35,6 +35,7 @@ class Warehouse:
     def __init__(self, root: Path, config: Config) -> None:
         self.root = root.absolute()
         self.models = self.root / "models"
+        self.media = self.root / config.media_root
         self.config = config
         self.store = DeltaStore(root)
 

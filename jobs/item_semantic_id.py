@@ -20,15 +20,15 @@ _SCHEMA = "item_id string, codes array<int>"
 
 
 def item_semantic_id(
-    items: "DataFrame", models: Path, version: str, encoder: str, taken: np.ndarray | None
+    items: "DataFrame", models: Path, media: Path, version: str, taken: np.ndarray | None
 ) -> "DataFrame":
     """Semantic IDs of items by their content.
 
     Args:
         items: `item` rows, one per item.
         models: directory of the model versions, readable by every executor.
+        media: folder that a relative `media_uri` starts from, likewise.
         version: codebook version.
-        encoder: text encoder that the codebook was trained with.
         taken: IDs [n, D] that other items have. If given, each new item gets an ID of its own as far as
             the last level has free codes, which takes one pass in order of item id; None: by
             nearest codes alone, in parallel.
@@ -41,8 +41,8 @@ def item_semantic_id(
         rows = [batch for batch in batches if batch.num_rows]
         if not rows:
             return
-        item_encoder = ItemEncoder(models, encoder)
-        codebook, _ = open_codebook(models, version)
+        codebook, manifest = open_codebook(models, version)
+        item_encoder = ItemEncoder.of_codebook(models, manifest, media)
         for part in [pa.Table.from_batches(rows)] if taken is not None else rows:
             embeddings = item_encoder.encode(part.to_pylist())
             if taken is None:
@@ -86,7 +86,7 @@ def run(ctx: JobContext) -> None:
         version = open_generator(models, ctx.ds).codebook_manifest.version
     except MissingError:
         version = newest(models, CODEBOOK, ctx.ds).version
-    codebook, manifest = open_codebook(models, version)
+    codebook, _ = open_codebook(models, version)
     ctx.use_model(CODEBOOK, version)
     catalogue = ctx.read("item", [d for d in ctx.store.days("item") if d <= ctx.ds])
     latest = Window.partitionBy("item_id").orderBy(F.desc("ds"))
@@ -103,7 +103,7 @@ def run(ctx: JobContext) -> None:
         # Of all days, also later ones: an ID that was published belongs to its item for good.
         taken = load_semantic_ids(ctx.store, version, "9999-12-31").codes
         taken = taken.reshape(-1, codebook.levels)
-    assigned = item_semantic_id(new, models, version, manifest.parameters["encoder"], taken)
+    assigned = item_semantic_id(new, models, ctx.warehouse.media, version, taken)
     kept = ctx.read("item_semantic_id", [ctx.ds])
     added = assigned.unionByName(inherited).withColumn("ds", F.lit(ctx.ds))
     ctx.write("item_semantic_id", kept.unionByName(added))

@@ -90,6 +90,13 @@ class CodebookConfig(_Model):
     """Semantic IDs (DESIGN section 5)."""
 
     encoder: str = Field(description="`minilm`, or a Hugging Face text model directory or name")
+    image_encoder: str | None = Field(
+        description="null: text alone; `opennsfw`, or a Hugging Face vision or CLIP-like model directory"
+        " or name"
+    )
+    image_weight: float = Field(
+        gt=0, lt=1, description="share of the image in the likeness of two items that have one"
+    )
     trainer: Literal["rqvae", "residual_kmeans"] = Field(description="how codewords are found")
     levels: Positive = Field(description="codes in a semantic ID")
     codes_per_level: Positive | None = Field(description="null: chosen from the catalogue's size")
@@ -246,6 +253,10 @@ class Config(_Model):
     window_days: Positive = Field(description="trailing window of feedback")
     anchors: Literal["end_of_day", "explicit"] = Field(
         description="explicit: one anchor per user, from the table `anchor`"
+    )
+    media_root: str = Field(
+        description="folder that a relative `item.media_uri` starts from; itself within the warehouse"
+        " unless absolute"
     )
     imports: ImportConfig
     feedback: FeedbackConfig

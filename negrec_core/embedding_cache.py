@@ -21,6 +21,17 @@ _DIGEST_BYTES = 16
 _ITEMS_PER_FILE = 20_000
 
 
+def text_digest(text: str) -> bytes:
+    """Digest of a text, for `EmbeddingCache`."""
+    return hashlib.sha256(text.encode()).digest()[:_DIGEST_BYTES]
+
+
+def file_digest(file: Path) -> bytes:
+    """Digest of a file's bytes, for `EmbeddingCache`; OSError where it cannot be read."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()[:_DIGEST_BYTES]
+
+
 class EmbeddingCache:
     """The embeddings that one encoder made."""
 
@@ -35,34 +46,36 @@ class EmbeddingCache:
 
     def encode(
         self,
-        contents: Sequence[bytes],
+        digests: Sequence[bytes],
         encode: Callable[[list[int], Progress], np.ndarray],
         progress: Progress = silent,
     ) -> np.ndarray:
-        """Embeddings float32 [n, dim] of `contents`, in their order.
+        """Embeddings float32 [n, dim] of what has these digests, in their order.
 
         Args:
-            contents: what is embedded, as bytes.
-            encode: embeds those of `contents` whose numbers it is given; called for what is not in
-                the cache, once for each distinct content.
-            progress: told contents done.
+            digests: of what is embedded, by `text_digest` or `file_digest`; at least one.
+            encode: embeds what has the digests whose numbers it is given; called for what is not in
+                the cache, once for each distinct digest. A row of zeros, for what cannot be
+                embedded, is not kept.
+            progress: told embeddings done.
         """
-        digests = [hashlib.sha256(content).digest()[:_DIGEST_BYTES] for content in contents]
         found = self._read(set(digests))
         first = {digest: n for n, digest in reversed(list(enumerate(digests)))}
         missing = [
             n for digest, n in sorted(first.items(), key=lambda entry: entry[1]) if digest not in found
         ]
-        known = len(contents) - len(missing)
-        progress(known, len(contents))
+        known = len(digests) - len(missing)
+        progress(known, len(digests))
         for start in range(0, len(missing), _ITEMS_PER_FILE):
             part = missing[start : start + _ITEMS_PER_FILE]
 
             def show(done: int, _: int, before: int = known + start) -> None:
-                progress(before + done, len(contents))
+                progress(before + done, len(digests))
 
             fresh = encode(part, show)
-            self._write([digests[n] for n in part], fresh)
+            # What could not be embedded this time may be another time.
+            kept = [n for n, row in enumerate(fresh) if row.any()]
+            self._write([digests[part[n]] for n in kept], fresh[kept])
             found |= {digests[n]: row for n, row in zip(part, fresh, strict=True)}
         return np.stack([found[digest] for digest in digests])
 

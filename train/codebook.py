@@ -19,6 +19,7 @@ from train import residual_kmeans, rqvae
 def train_codebook(
     store: DeltaStore,
     models: Path,
+    media: Path,
     config: Config,
     until: str,
     *,
@@ -30,13 +31,14 @@ def train_codebook(
     Args:
         store: the Delta tables.
         models: directory of the model versions.
+        media: folder that a relative `media_uri` starts from.
         config: section `codebook` says what to train.
         until: log date; later items are not looked at.
         seed: of the training.
         progress: told (items embedded or epochs done, all).
 
     Raises:
-        InputError: too few items.
+        InputError: too few items, or an image encoder and no image.
         GateError: the trained codebook's health is outside the configured limits.
     """
     settings = config.codebook
@@ -44,7 +46,8 @@ def train_codebook(
     items = load_items(store, until, version)
     if not items.num_rows:
         raise InputError(f"table item: no item on or before ds={until}; import a catalogue first")
-    embeddings = ItemEncoder(models, settings.encoder).encode(items.to_pylist(), progress)
+    encoder = ItemEncoder(models, settings.encoder, settings.image_encoder, settings.image_weight, media)
+    embeddings = encoder.fit_encode(items.to_pylist(), progress)
     if settings.trainer == "rqvae":
         codebook, curve = rqvae.train_codebook(
             embeddings,
@@ -78,6 +81,7 @@ def train_codebook(
     )
     path = new_version(models, CODEBOOK)
     codebook.save(path)
+    encoder.save(path)
     (path / "curve.json").write_text(json.dumps(curve.steps, indent=1), encoding="utf-8")
     return seal(
         path,

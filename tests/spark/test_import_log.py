@@ -736,6 +736,9 @@ def test_the_formats_of_movielens_agree(tmp_path: Path, spark: SparkSession) -> 
             site.rows("behavior_log", "user_id", "item_id", "event_time", "action"),
             site.rows("item", "item_id", "title", "description", "category"),
         )
+        # 100K numbers its films otherwise than the posters.
+        posters = [None if form == "100k" else f"posters/{i}.jpg" for i in (10, 11, 12)]
+        assert [uri for _, uri in site.rows("item", "item_id", "media_uri")] == posters
 
     days, events, items = found["latest"]
     assert days == ["2023-11-14"]

@@ -122,7 +122,9 @@ def site(
     for stage in ("future_feedback", "item_semantic_id", "negative_item_set", "block_list"):
         refused(stage)
     run_day(warehouse, WEEK_BEFORE, ["item_graph"])
-    train_codebook(warehouse.store, warehouse.models, built.config, DS, seed=SEED, progress=silent)
+    train_codebook(
+        warehouse.store, warehouse.models, warehouse.media, built.config, DS, seed=SEED, progress=silent
+    )
     run_day(warehouse, DS, ["item_semantic_id", "training_next_negative"])
     train_generator(warehouse.store, warehouse.models, built.config, DS, seed=SEED, progress=silent)
     results = run_day(warehouse, DS)
@@ -553,7 +555,9 @@ def test_the_future_reaches_nothing(fork: Site) -> None:
         assert after[name] == before[name], name
     for name, digits in rounded.items():
         assert_close(after[name], before[name], digits)
-    trained = train_codebook(store, warehouse.models, fork.config, DS, seed=SEED, progress=silent)
+    trained = train_codebook(
+        store, warehouse.models, warehouse.media, fork.config, DS, seed=SEED, progress=silent
+    )
     again = Codebook.load(warehouse.models / CODEBOOK / trained.version).codewords
     for one, other in zip(again, codewords, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
