@@ -8,7 +8,8 @@ so that the product of two items is (1 - w) cos(t, t') + w cos(u, u'). Concatena
 two encoders: their lengths and spaces may differ, where an average would need one shared space. An item
 without image has u = 0: its product with any other item is the text's part alone, as with an image of
 average likeness, because centred embeddings have cosines around 0. Uncentred ones all have a large
-cosine, so that having an image would be what tells items apart first.
+cosine, and having an image would be what tells items apart first: on MovieLens, where a third of the films
+has a poster, the first code then says without error whether there is one. So does, nearly, a large w.
 """
 
 import logging
@@ -45,7 +46,7 @@ class ItemEncoder:
         models: Path,
         encoder: str,
         image_encoder: str | None = None,
-        image_weight: float = 0.5,
+        image_weight: float = 0.3,
         media: Path | None = None,
     ) -> None:
         """Open the encoders.
@@ -85,7 +86,7 @@ class ItemEncoder:
             models,
             made_with["encoder"],
             made_with.get("image_encoder"),
-            made_with.get("image_weight", 0.5),
+            made_with.get("image_weight", 0.3),
             media,
         )
         if encoder._image is not None:
