@@ -179,7 +179,7 @@ def open_frozen(name: str, processor_class: Any, kind: str, **options: Any) -> t
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:200]
         raise MissingError(
             f"encoder {name}: cannot be opened as a Hugging Face {kind} model with safetensors"
             f" weights ({reason}); name an existing directory or model"
