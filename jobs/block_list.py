@@ -1,6 +1,7 @@
 """Stage `block_list`: what is published to the ranking service (DESIGN sections 8 and 10)."""
 
 import datetime as dt
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.context import JobContext, run_sql
+from jobs import gates
+from jobs.context import JobContext, read_files, run_sql
 from negrec_core.block_score import BlockScore, Items, features
 from negrec_core.blocklist import load_block_score
 from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore
-from negrec_core.errors import GateError
 from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_categories
 from negrec_core.semantic_ids import load_semantic_ids
@@ -27,6 +28,7 @@ _SCHEMA = (
     "user_id string, rank int, codes array<int>, score float, log_prob float,"
     " because_item_id string, because_similarity float, reason_class string"
 )
+_JUDGED_SCHEMA = "item_id string, liked boolean, blocked boolean"
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Catalogue:
     Attributes:
         codebook: quantiser of the IDs.
         trie: legal IDs.
-        index: item -> row of `items`.
-        items: the items that have an ID.
+        index: item -> row of `items` and `item_log_odds`.
+        items: the items that have an ID, and a last one of which nothing is known.
+        item_log_odds: theirs, float64 [items + 1]; the last is the prior.
         log_odds: mean log odds of the items under each leaf of the trie, float64 [leaves].
         categories: those of the first item under each leaf, int32 [leaves, 2].
     """
@@ -46,6 +49,7 @@ class Catalogue:
     trie: Trie
     index: dict[str, int]
     items: Items
+    item_log_odds: np.ndarray
     log_odds: np.ndarray
     categories: np.ndarray
 
@@ -65,7 +69,7 @@ class BlockListTask:
 
 
 def block_list(users: "DataFrame", task: BlockListTask) -> "DataFrame":
-    """Entries of `block_list` without expiry.
+    """Entries of `block_list` without expiry; those with an illegal ID have no score.
 
     Args:
         users: rows of sql/block_list.sql.
@@ -82,6 +86,30 @@ def block_list(users: "DataFrame", task: BlockListTask) -> "DataFrame":
 
     return users.mapInArrow(entries, _SCHEMA)
 
+
+def judged_exposures(users: "DataFrame", exposures: "DataFrame", task: BlockListTask) -> "DataFrame":
+    """(item_id, liked, blocked) of every exposure: what the list does to it in the ranking service.
+
+    Args:
+        users: rows of sql/block_list.sql; for other users nothing is blocked.
+        exposures: (user_id, item_id, liked).
+        task: what to score with.
+    """
+    from pyspark.sql import functions as F
+
+    def judged(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        catalogue = None
+        for batch in batches:
+            if batch.num_rows:
+                catalogue = catalogue or load_catalogue(task)
+                rows = [out for row in batch.to_pylist() for out in _judged(row, catalogue, task.score)]
+                yield pa.RecordBatch.from_pylist(rows, _JUDGED_ARROW_SCHEMA)
+
+    pages = exposures.groupBy("user_id").agg(F.collect_list(F.struct("item_id", "liked")).alias("page"))
+    return pages.join(users, "user_id", "left").mapInArrow(judged, _JUDGED_SCHEMA)
+
+
+_JUDGED_ARROW_SCHEMA = pa.schema([("item_id", pa.string()), ("liked", pa.bool_()), ("blocked", pa.bool_())])
 
 _ARROW_SCHEMA = pa.schema(
     [
@@ -112,20 +140,40 @@ def load_catalogue(task: BlockListTask) -> Catalogue:
     categories = load_categories(store, task.ds, ids.items, task.items_version)
     # Leaves are numbered without gaps, so the distinct ones are all of them in order.
     first = np.unique(leaf, return_index=True)[1]
-    items = Items(codebook.unit(ids.codes), categories)
-    return Catalogue(codebook, trie, ids.index, items, log_odds, categories[first])
+    items = Items(codebook.unit(ids.codes), categories).with_unknown()
+    item_log_odds = np.append(item_log_odds, task.score.prior_log_odds)
+    return Catalogue(codebook, trie, ids.index, items, item_log_odds, log_odds, categories[first])
 
 
-def _entries(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class _User:
+    """A user as the score sees one: a row of sql/block_list.sql, its illegal entries left out.
+
+    Attributes:
+        legal: which entries are legal, bool [entries].
+        codes: of the legal ones, int32 [m, D].
+        unit: unit embeddings of these, [m, dim].
+        log_probs: of these, [m].
+        past: past dislikes that have an ID, with their reasons.
+        disliked: the same as items.
+        liked: past likes that have an ID.
+        log_odds: the user's.
+    """
+
+    legal: np.ndarray
+    codes: np.ndarray
+    unit: np.ndarray
+    log_probs: np.ndarray
+    past: list[dict[str, Any]]
+    disliked: Items
+    liked: Items
+    log_odds: float
+
+
+def _user(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> _User:
     codes = np.array([entry["codes"] for entry in row["entries"]], np.int32)
     log_probs = np.array([entry["log_prob"] for entry in row["entries"]], np.float64)
-    leaf = catalogue.trie.find(codes)
-    if (leaf < 0).any():
-        raise GateError(
-            f"block_list: user {row['user_id']!r} has the illegal ID {codes[leaf < 0][0].tolist()};"
-            " run negative_item_set again with --force, nothing was published"
-        )
-    unit = catalogue.codebook.unit(codes)
+    legal = catalogue.trie.contains(codes)
     disliked, liked = (
         [event for event in row[column] if event["item_id"] in catalogue.index]
         for column in ("negatives", "positives")
@@ -134,33 +182,64 @@ def _entries(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> It
         catalogue.items.take([catalogue.index[event["item_id"]] for event in events])
         for events in (disliked, liked)
     )
-    user = score.user_log_odds(np.array(row["n_negatives"]), np.array(row["n_positives"]))
-    scores = score.score(
+    return _User(
+        legal,
+        codes[legal],
+        catalogue.codebook.unit(codes[legal]),
+        log_probs[legal],
+        disliked,
+        disliked_items,
+        liked_items,
+        float(score.user_log_odds(np.array(row["n_negatives"]), np.array(row["n_positives"]))),
+    )
+
+
+def _scores(user: _User, candidates: Items, log_odds: np.ndarray, score: BlockScore) -> np.ndarray:
+    return score.score(
         features(
-            Items(unit, catalogue.categories[leaf]),
-            unit,
-            log_probs,
-            disliked_items,
-            liked_items,
-            catalogue.log_odds[leaf],
-            float(user),
+            candidates,
+            user.unit,
+            user.log_probs,
+            user.disliked,
+            user.liked,
+            log_odds,
+            user.log_odds,
             score.prior_log_odds,
             score.pseudo_events,
         )
     )
-    cosine = unit @ disliked_items.unit.T
-    for at, entry in enumerate(row["entries"]):
-        nearest = int(cosine[at].argmax()) if disliked else None
+
+
+def _entries(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> Iterator[dict[str, Any]]:
+    user = _user(row, catalogue, score)
+    leaf = catalogue.trie.find(user.codes)
+    candidates = Items(user.unit, catalogue.categories[leaf])
+    scores = iter(_scores(user, candidates, catalogue.log_odds[leaf], score).tolist())
+    cosines = iter(user.unit @ user.disliked.unit.T)
+    for entry, legal in zip(row["entries"], user.legal, strict=True):
+        cosine = next(cosines) if legal else np.zeros(0)
+        nearest = int(cosine.argmax()) if len(cosine) else None
         yield {
             "user_id": row["user_id"],
             "rank": entry["rank"],
             "codes": entry["codes"],
-            "score": float(scores[at]),
+            "score": next(scores) if legal else None,
             "log_prob": entry["log_prob"],
-            "because_item_id": None if nearest is None else disliked[nearest]["item_id"],
-            "because_similarity": None if nearest is None else float(cosine[at, nearest]),
-            "reason_class": None if nearest is None else disliked[nearest]["reason_class"],
+            "because_item_id": None if nearest is None else user.past[nearest]["item_id"],
+            "because_similarity": None if nearest is None else float(cosine[nearest]),
+            "reason_class": None if nearest is None else user.past[nearest]["reason_class"],
         }
+
+
+def _judged(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> Iterator[dict[str, Any]]:
+    blocked = np.zeros(len(row["page"]), bool)
+    if row["entries"]:
+        at = [catalogue.index.get(shown["item_id"], -1) for shown in row["page"]]
+        user = _user(row, catalogue, score)
+        scores = _scores(user, catalogue.items.take(at), catalogue.item_log_odds[at], score)
+        blocked = scores >= score.threshold
+    for shown, out in zip(row["page"], blocked.tolist(), strict=True):
+        yield {"item_id": shown["item_id"], "liked": shown["liked"], "blocked": out}
 
 
 def run(ctx: JobContext) -> None:
@@ -185,4 +264,15 @@ def run(ctx: JobContext) -> None:
     )
     users = run_sql(ctx.spark, "block_list", {"predicted": predicted, "contexts": contexts})
     expires = dt.date.fromisoformat(ctx.ds) + dt.timedelta(days=ctx.config.block_list.valid_days + 1)
-    ctx.write("block_list", block_list(users, task).withColumn("expires_on", F.lit(expires)))
+    staged = ctx.stage("block_list", block_list(users, task).withColumn("expires_on", F.lit(expires)))
+    try:
+        judged = gates.judge(
+            ctx,
+            read_files(ctx.spark, ctx.store, "block_list", [str(file) for file in staged.rglob("*.parquet")]),
+            lambda exposures: judged_exposures(users, exposures, task),
+        )
+        gates.require_passed(ctx, judged)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    ctx.commit("block_list", staged)

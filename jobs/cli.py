@@ -14,6 +14,7 @@ import typer
 from jobs import views
 from jobs.console import console, errors, reporting, set_up_process
 from jobs.context import JobContext, Warehouse
+from jobs.gates import ACCEPTABLE
 from jobs.pipeline import DAILY_STAGES, DATA_STAGES, parse_day, run_day, run_range, run_stage
 from negrec_core.config import load_config
 from negrec_core.errors import ConfigError, NegrecError
@@ -255,11 +256,24 @@ Stages = Annotated[
 
 
 @app.command()
-def run(ctx: typer.Context, ds: Day, stages: Stages = _DAILY, force: Force = False) -> None:
+def run(
+    ctx: typer.Context,
+    ds: Day,
+    stages: Stages = _DAILY,
+    force: Force = False,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accept",
+            help=f"Publish though this gate fails; may be repeated. One of: {', '.join(ACCEPTABLE)}.",
+            metavar="GATE",
+        ),
+    ] = None,
+) -> None:
     """Run the daily pipeline for one log date, up to a published block list. Default: all stages."""
     warehouse = ctx.obj.open()
     with reporting() as reporter:
-        results = run_day(warehouse, _iso(ds), stages.split(","), force, reporter)
+        results = run_day(warehouse, _iso(ds), stages.split(","), force, reporter, accept or ())
     views.show_results(results)
 
 

@@ -8,7 +8,7 @@ import datetime as dt
 import functools
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ class JobContext:
         ds: the log date, ISO.
         revision: revision of the partition that this run writes.
         progress: told (parts done, parts in all) by stages that take long.
+        accept: gates that may fail.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class JobContext:
         ds: str,
         revision: int = 1,
         progress: Progress = silent,
+        accept: Collection[str] = (),
     ) -> None:
         self.warehouse = warehouse
         self.config = warehouse.config
@@ -67,6 +69,8 @@ class JobContext:
         self.ds = ds
         self.revision = revision
         self.progress = progress
+        self.accept = accept
+        self._accepted: list[str] = []
         self._inputs: dict[str, int] = {}
         self._models: dict[str, str] = {}
 
@@ -137,8 +141,20 @@ class JobContext:
 
         The frame may lack `ds` (this run's is added) and `bucket` (derived from user_id).
         """
+        return self.commit(table, self.stage(table, frame), days)
+
+    def use_accepted(self, gates: Sequence[str]) -> None:
+        """Record that these gates failed and were accepted."""
+        self._accepted += gates
+
+    def stage(self, table: str, frame: "DataFrame") -> Path:
+        """Write the files of a frame as `write` does, without committing them; their run directory."""
         run = self.store.new_run(table)
         write_files(with_partitions(frame, table, self.ds, self.config.buckets), table, run)
+        return run
+
+    def commit(self, table: str, run: Path, days: Sequence[str] | None = None) -> int:
+        """Replace the partitions `days` (default: this run's) by what was staged, atomically."""
         revisions = dict.fromkeys(days or [self.ds], self.revision)
         return self.store.commit(table, run, revisions, self.provenance())
 
@@ -152,6 +168,7 @@ class JobContext:
             models=dict(self._models),
             config_digest=self.config.digest(),
             code_version=negrec_core.__version__,
+            accepted=list(self._accepted),
         )
 
 

@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warehouse", default=os.environ.get("NEGREC_WAREHOUSE", "warehouse"))
     parser.add_argument("--stages", default=",".join(DAILY_STAGES))
     parser.add_argument("--force", action="store_true", help="new revision of what is there")
+    parser.add_argument(
+        "--accept", action="append", default=[], metavar="GATE", help="gate that may fail; may be repeated"
+    )
     options = parser.parse_args(arguments)
     set_up_process(verbose=False)
     try:
@@ -31,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         warehouse = Warehouse(Path(options.warehouse), config)
         with reporting() as reporter:
             ds = parse_day(options.ds).isoformat()
-            run_day(warehouse, ds, options.stages.split(","), options.force, reporter)
+            run_day(warehouse, ds, options.stages.split(","), options.force, reporter, options.accept)
     except NegrecError as error:
         print(f"negrec: {error}", file=sys.stderr)
         return error.exit_code

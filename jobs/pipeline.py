@@ -12,6 +12,7 @@ from typing import Protocol
 import negrec_core.errors as errors
 from jobs import feedback
 from jobs.context import JobContext, Warehouse, log
+from jobs.gates import check_acceptable
 from negrec_core.errors import ConfigError, NegrecError
 from negrec_core.progress import Progress, silent
 
@@ -69,6 +70,7 @@ def run_day(
     stages: Sequence[str] = DAILY_STAGES,
     force: bool = False,
     reporter: Reporter | None = None,
+    accept: Sequence[str] = (),
 ) -> list[StageResult]:
     """Run stages for one log date, in pipeline order; those already committed are not run again.
 
@@ -78,11 +80,13 @@ def run_day(
         stages: names of stages.
         force: run them all, each as a new revision.
         reporter: told about every stage that runs.
+        accept: gates that may fail.
 
     Raises:
-        ConfigError: an unknown stage.
+        ConfigError: an unknown stage or gate.
         NegrecError: a stage failed; those before it stay committed.
     """
+    check_acceptable(accept)
     results = []
     for name in _in_order(stages):
         revision = warehouse.store.revision(name, ds)
@@ -91,7 +95,7 @@ def run_day(
             continue
         begin = time.monotonic()
         progress = (reporter or Quiet()).stage(name, ds)
-        run_stage(name, JobContext(warehouse, ds, revision + 1, progress))
+        run_stage(name, JobContext(warehouse, ds, revision + 1, progress, accept))
         seconds = time.monotonic() - begin
         log.info("%s ds=%s: revision %d in %.1f s", name, ds, revision + 1, seconds)
         results.append(StageResult(name, ds, revision + 1, True, seconds))

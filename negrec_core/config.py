@@ -229,6 +229,24 @@ class BlockListConfig(_Model):
     min_page_share: Share = Field(description="`allowed` never leaves less than this share of a page")
 
 
+class GatesConfig(_Model):
+    """Gates before publishing (DESIGN section 10)."""
+
+    min_users_covered: Share = Field(description="share of the users of the list before that are still in it")
+    min_entries_per_user: Share = Field(
+        description="mean entries per user, as a share of generation.set_size"
+    )
+    max_likes_blocked: Share = Field(description="share of the likes of ds that the list would block")
+    max_category_blocked: Share = Field(
+        description="share of the exposures of ds in any one top category that it would block"
+    )
+    min_category_exposures: Positive = Field(description="categories with fewer exposures are not judged")
+    max_score_drift: float = Field(
+        ge=0, description="population stability index of the entries' scores against the list before"
+    )
+    max_users: Positive = Field(description="likes and exposures are those of about so many users")
+
+
 class ImportConfig(_Model):
     """Reading logs."""
 
@@ -268,6 +286,7 @@ class Config(_Model):
     generation: GenerationConfig
     calibration: CalibrationConfig
     block_list: BlockListConfig
+    gates: GatesConfig
     spark: SparkConfig
 
     @field_validator("timezone")

@@ -48,12 +48,14 @@ class Provenance:
         models: model name -> version used.
         config_digest: digest of the effective configuration.
         code_version: version of negrec.
+        accepted: gates that failed and were accepted.
     """
 
     inputs: Mapping[str, int] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     config_digest: str = ""
     code_version: str = ""
+    accepted: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

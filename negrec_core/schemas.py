@@ -323,6 +323,20 @@ BLOCK_LIST = _table(
     bucketed=True,
 )
 
+GATE = _table(
+    "gate",
+    "one gate as it judged one revision of a block list, published or refused",
+    ("revision", "name"),
+    _column("revision", pa.int64(), "revision of block_list that was judged"),
+    _column("name", pa.string(), "name of the gate"),
+    _column("value", pa.float64(), "what was measured; null where there was nothing to measure by"),
+    _column("bound", pa.string(), "at least, or at most"),
+    _column("limit", pa.float64(), "what the value is held against"),
+    _column("passed", pa.bool_(), "whether the value keeps to the limit"),
+    _column("accepted", pa.bool_(), "whether it failed and was accepted"),
+    _column("note", pa.string(), "what the value is of"),
+)
+
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
@@ -345,5 +359,6 @@ TABLES: dict[str, Table] = {
         NEGATIVE_ITEM_SET_SHARD,
         BLOCK_SCORE,
         BLOCK_LIST,
+        GATE,
     )
 }
