@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from jobs import gates
-from jobs.context import JobContext, read_files, run_sql
+from jobs.context import JobContext, Warehouse, read_files, run_sql
 from negrec_core.block_score import BlockScore, Items, features
 from negrec_core.blocklist import load_block_score
 from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore
+from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_categories
+from negrec_core.schemas import BLOCK_LIST
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
 
@@ -240,6 +242,29 @@ def _judged(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> Ite
         blocked = scores >= score.threshold
     for shown, out in zip(row["page"], blocked.tolist(), strict=True):
         yield {"item_id": shown["item_id"], "liked": shown["liked"], "blocked": out}
+
+
+def unpublish(warehouse: Warehouse, ds: str) -> bool:
+    """Withdraw the list of a day: an empty revision, which readers pass over.
+
+    Returns:
+        Whether there was a list to withdraw.
+
+    Raises:
+        MissingError: no list of that day was ever published.
+        ConflictError: one is being published meanwhile.
+    """
+    store = warehouse.store
+    revision = store.revision("block_list", ds)
+    if not revision:
+        raise MissingError(
+            f"table block_list: no partition ds={ds}; `negrec status` shows the days that there are"
+        )
+    if ds not in store.days("block_list"):
+        return False
+    nothing = BLOCK_LIST.schema.empty_table()
+    JobContext(warehouse, ds, revision + 1).write_arrow("block_list", nothing)
+    return True
 
 
 def run(ctx: JobContext) -> None:

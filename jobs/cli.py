@@ -16,8 +16,11 @@ from jobs.console import console, errors, reporting, set_up_process
 from jobs.context import JobContext, Warehouse
 from jobs.gates import ACCEPTABLE
 from jobs.pipeline import DAILY_STAGES, DATA_STAGES, parse_day, run_day, run_range, run_stage
+from negrec_core import __version__
 from negrec_core.config import load_config
+from negrec_core.delta import DeltaStore
 from negrec_core.errors import ConfigError, NegrecError
+from negrec_core.exemptions import end_exemption, exempt
 from negrec_core.mapping import load_mapping
 from negrec_core.resources import resource
 
@@ -39,7 +42,9 @@ app = typer.Typer(
 imports = typer.Typer(help="Bring a site's log into the warehouse.", no_args_is_help=True)
 train = typer.Typer(help="Train the models that the pipeline uses.", no_args_is_help=True)
 app.add_typer(imports, name="import")
+exemptions = typer.Typer(help="Users and items that are never blocked.", no_args_is_help=True)
 app.add_typer(train, name="train")
+app.add_typer(exemptions, name="exempt")
 
 
 @dataclass
@@ -295,6 +300,61 @@ def backfill(
     with reporting() as reporter:
         results = run_range(warehouse, days, stages.split(","), force, reporter)
     views.show_results(results)
+
+
+@app.command()
+def unpublish(ctx: typer.Context, ds: Day) -> None:
+    """Withdraw the list of a log date; readers fall back to the list before, or block nothing."""
+    from jobs.block_list import unpublish as withdraw
+
+    warehouse = ctx.obj.open()
+    views.show_withdrawn(warehouse, _iso(ds), withdraw(warehouse, _iso(ds)))
+
+
+Users = Annotated[list[str] | None, typer.Option("--user", help="User id; may be repeated.")]
+Items = Annotated[list[str] | None, typer.Option("--item", help="Item id; may be repeated.")]
+
+
+@exemptions.command("add")
+def exempt_add(
+    ctx: typer.Context,
+    user: Users = None,
+    item: Items = None,
+    note: Annotated[str | None, typer.Option(help="Why, for those who come later.")] = None,
+) -> None:
+    """Never block anything for a user, or never an item; readers honour it at their next look."""
+    users, items = _some(user, item)
+    added = exempt(_with_exemptions(ctx), users, items, note, __version__)
+    console.print(f"{added} added" + (", the others were exempt" if added < len(users + items) else ""))
+
+
+@exemptions.command("remove")
+def exempt_remove(ctx: typer.Context, user: Users = None, item: Items = None) -> None:
+    """End exemptions."""
+    users, items = _some(user, item)
+    removed = end_exemption(_with_exemptions(ctx), users, items, __version__)
+    console.print(f"{removed} removed")
+
+
+def _with_exemptions(ctx: typer.Context) -> DeltaStore:
+    """The tables, with that of exemptions where an earlier release made the others."""
+    store: DeltaStore = ctx.obj.open().store
+    store.handle("block_list")  # a mistyped --warehouse must not become one
+    store.create_tables()
+    return store
+
+
+def _some(user: list[str] | None, item: list[str] | None) -> tuple[list[str], list[str]]:
+    users, items = sorted(set(user or ())), sorted(set(item or ()))
+    if not users + items:
+        raise ConfigError("exempt whom or what? give --user or --item")
+    return users, items
+
+
+@exemptions.command("list")
+def exempt_list(ctx: typer.Context) -> None:
+    """Show who and what is exempt, since when and why."""
+    views.show_exemptions(ctx.obj.open().store.read("exemption"))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel
 from rich.table import Table
@@ -15,7 +16,7 @@ from jobs.console import console
 from jobs.context import Warehouse
 from jobs.pipeline import StageResult
 from negrec_core.artefacts import Manifest, list_versions
-from negrec_core.blocklist import BlockList
+from negrec_core.blocklist import BlockList, newest_list
 from negrec_core.config import Config
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, GENERATOR
@@ -165,7 +166,7 @@ def show_filter(warehouse: Warehouse, user: str, items: Sequence[str], on: str |
     blocks = _open(warehouse, on)
     titles = _titles(warehouse, blocks.snapshot.ds)
     allowed = set(blocks.allowed(user, items))
-    view = Table("item", "title", "shown", "score", "similarity", "because of", "reason")
+    view = Table("item", "title", "shown", "score", "similarity", "because of", "reason", "exempt")
     for item in items:
         why = blocks.why(user, item)
         because = why.because_item_id
@@ -177,9 +178,30 @@ def show_filter(warehouse: Warehouse, user: str, items: Sequence[str], on: str |
             f"{why.similarity:.2f}",
             titles.get(because, because) if because else "",
             why.reason_class,
+            why.exempt,
         )
     console.print(view)
     console.print(f"list of {blocks.snapshot.ds}; blocked from {blocks.threshold:.3f}")
+
+
+def show_exemptions(rows: pa.Table) -> None:
+    """Who and what is exempt, since when and why."""
+    view = Table("", "id", "since", "why")
+    for row in rows.sort_by([("kind", "descending"), ("id", "ascending")]).to_pylist():
+        view.add_row(row["kind"], row["id"], row["ds"], row["note"])
+    console.print(view if rows.num_rows else "nobody and nothing is exempt")
+
+
+def show_withdrawn(warehouse: Warehouse, ds: str, withdrawn: bool) -> None:
+    """What readers have instead of a list that was withdrawn."""
+    done = "withdrawn" if withdrawn else "withdrawn before"
+    try:
+        found = newest_list(warehouse.store, dt.date.fromisoformat(ds))
+    except MissingError:
+        left = "no earlier list holds, so nothing is blocked"
+    else:
+        left = f"readers fall back to that of {found.ds}, which holds until {found.expires_on}"
+    console.print(f"list of {ds}: {done}; {left} (`negrec run --ds {ds} --force` publishes again)")
 
 
 def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:

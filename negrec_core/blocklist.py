@@ -7,6 +7,8 @@
 Needs no Spark and no torch.
 """
 
+import contextlib
+import dataclasses
 import datetime as dt
 import threading
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ import numpy as np
 
 from negrec_core.block_score import FEATURES
 from negrec_core.delta import DeltaStore
-from negrec_core.errors import InputError
+from negrec_core.errors import InputError, NegrecError
+from negrec_core.exemptions import ITEM, USER, Exemptions, load_exemptions
 from negrec_core.snapshot import (
     Published,
     Snapshot,
@@ -25,6 +28,7 @@ from negrec_core.snapshot import (
     load_published,
     load_snapshot,
     newest_list,
+    reading,
 )
 
 __all__ = [
@@ -50,6 +54,7 @@ class Why:
         because_item_id: the user's past dislike nearest to that predicted ID.
         reason_class: reason class given with that dislike.
         contributions: feature -> its part of the log odds.
+        exempt: `user` or `item` where that is why nothing is blocked.
     """
 
     score: float
@@ -59,12 +64,14 @@ class Why:
     because_item_id: str | None
     reason_class: str | None
     contributions: dict[str, float]
+    exempt: str | None
 
 
 class BlockList:
     """The newest valid block list of a warehouse; safe to share between threads.
 
     A call takes the list once, at its start: a `refresh` meanwhile changes the calls after it.
+    Exemptions are apart from the list, so that they hold at once.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class BlockList:
         threshold: float | None,
         min_page_share: float,
         today: dt.date | None,
+        exemptions: Exemptions | None = None,
     ) -> None:
         """Use `open`."""
         self._warehouse = Path(warehouse)
@@ -81,6 +89,7 @@ class BlockList:
         self._threshold = threshold
         self._min_page_share = min_page_share
         self._fixed_today = today
+        self._exemptions = exemptions or Exemptions()
         self._refreshing = threading.Lock()
 
     @classmethod
@@ -110,7 +119,8 @@ class BlockList:
         if not 0 <= min_page_share <= 1:
             raise InputError(f"min_page_share {min_page_share}: give a share between 0 and 1")
         snapshot = load_snapshot(warehouse, today or _utc_today())
-        return cls(warehouse, snapshot, threshold, min_page_share, today)
+        exemptions = _load_exemptions(DeltaStore(warehouse))
+        return cls(warehouse, snapshot, threshold, min_page_share, today, exemptions)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -134,13 +144,17 @@ class BlockList:
         """The items to show, in the order given: those under the threshold.
 
         Where that would leave less than `min_page_share` of the page, those of the blocked that are
-        least likely to be rejected stay. Nothing is blocked for a user without entries, nor for
-        anybody once the list has expired.
+        least likely to be rejected stay. Nothing is blocked for a user without entries or who is
+        exempt, no item that is exempt, nor anything once the list has expired or was withdrawn.
         """
-        snapshot = self._snapshot
-        if user_id not in snapshot.users or not self._holds(snapshot) or not len(item_ids):
+        snapshot, exempt = self._snapshot, self._exemptions
+        if user_id not in snapshot.users or user_id in exempt.users:
+            return list(item_ids)
+        if not self._holds(snapshot) or not len(item_ids):
             return list(item_ids)
         scores = snapshot.score.score(snapshot.features(user_id, item_ids))
+        if exempt.items:
+            scores[[item in exempt.items for item in item_ids]] = -np.inf
         keep = scores < self._threshold_in(snapshot)
         # Less a little: 0.07 * 100 is more than 7 in floating point.
         least = int(np.ceil(self._min_page_share * len(item_ids) - 1e-9))
@@ -151,7 +165,8 @@ class BlockList:
 
     def why(self, user_id: str, item_id: str) -> Why:
         """What the score of one item rests on."""
-        snapshot = self._snapshot
+        snapshot, exemptions = self._snapshot, self._exemptions
+        exempt = USER if user_id in exemptions.users else ITEM if item_id in exemptions.items else None
         row = snapshot.features(user_id, [item_id])
         score = float(snapshot.score.score(row)[0])
         span = snapshot.span(user_id)
@@ -167,19 +182,21 @@ class BlockList:
         over = score >= self._threshold_in(snapshot)
         return Why(
             score=score,
-            blocked=listed and over and self._holds(snapshot),
+            blocked=listed and over and exempt is None and self._holds(snapshot),
             similarity=float(row[0, 0]),
             rank=rank,
             because_item_id=because,
             reason_class=reason,
             contributions=dict(zip(FEATURES, (row[0] * snapshot.score.coefficients).tolist(), strict=True)),
+            exempt=exempt,
         )
 
     def refresh(self, today: dt.date | None = None) -> bool:
         """Swap to the newest valid list if that is another one; requests go on meanwhile.
 
         Call it every few minutes from one thread; the old list stays in use until the new one is
-        loaded, and where loading fails.
+        loaded, and where loading fails. A list that was withdrawn blocks nothing from then on, even
+        if no other can be loaded. Exemptions are looked at first, see `refresh_exemptions`.
 
         Args:
             today: the day that expiry is judged by; default: as for `open`.
@@ -194,17 +211,49 @@ class BlockList:
         """
         with self._refreshing:
             store = DeltaStore(self._warehouse)
-            found = newest_list(store, today or self._fixed_today or _utc_today())
-            if (found.ds, found.revision) == (self._snapshot.ds, self._snapshot.revision):
-                return False
-            self._snapshot = load_published(store, found)
+            self._exemptions = _load_exemptions(store, self._exemptions)
+            try:
+                found = newest_list(store, today or self._fixed_today or _utc_today())
+                if (found.ds, found.revision) == (self._snapshot.ds, self._snapshot.revision):
+                    return False
+                self._snapshot = load_published(store, found)
+            except NegrecError:
+                with contextlib.suppress(NegrecError):
+                    if _withdrawn(store, self._snapshot):
+                        self._snapshot = dataclasses.replace(self._snapshot, expires_on=dt.date.min)
+                raise
             return True
+
+    def refresh_exemptions(self) -> bool:
+        """Look only at the exemptions, which takes milliseconds; call it every few seconds.
+
+        Returns:
+            Whether they changed.
+
+        Raises:
+            InputError: the table cannot be read; those known before hold on.
+        """
+        with self._refreshing:
+            before = self._exemptions
+            self._exemptions = _load_exemptions(DeltaStore(self._warehouse), before)
+            return self._exemptions is not before
 
     def _threshold_in(self, snapshot: Snapshot) -> float:
         return snapshot.score.threshold if self._threshold is None else self._threshold
 
     def _holds(self, snapshot: Snapshot) -> bool:
         return (self._fixed_today or _utc_today()) < snapshot.expires_on
+
+
+def _withdrawn(store: DeltaStore, snapshot: Snapshot) -> bool:
+    """Whether a later revision of a list has no entries."""
+    later = store.revision("block_list", snapshot.ds) > snapshot.revision
+    return later and snapshot.ds not in store.days("block_list")
+
+
+def _load_exemptions(store: DeltaStore, known: Exemptions | None = None) -> Exemptions:
+    with reading("exemptions", "restore the file"):
+        return load_exemptions(store, known)
 
 
 def _utc_today() -> dt.date:

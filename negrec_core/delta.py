@@ -103,10 +103,9 @@ class DeltaStore:
         with (self.root / ".create.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for table in TABLES.values():
-                path = self.path(table.name)
-                if not DeltaTable.is_deltatable(str(path)):
+                if not self.exists(table.name):
                     DeltaTable.create(
-                        path,
+                        self.path(table.name),
                         table.schema,
                         partition_by=list(table.partition_by),
                         description=table.about,
@@ -151,6 +150,17 @@ class DeltaStore:
     def revision(self, table: str, ds: str) -> int:
         """Revision of the partition `ds`: 0 if it was never committed (an empty one counts)."""
         return self.handle(table).transaction_version(_app_id(table, ds)) or 0
+
+    def revisions(self, table: str) -> dict[str, int]:
+        """The `ds` values that were ever committed, empty ones too -> their revisions."""
+        found: dict[str, int] = {}
+        for commit in self.commits(table):
+            found = commit.days | found
+        return found
+
+    def exists(self, table: str) -> bool:
+        """Whether the table was created."""
+        return DeltaTable.is_deltatable(str(self.path(table)))
 
     def days(self, table: str) -> list[str]:
         """The `ds` values that hold rows, ascending."""

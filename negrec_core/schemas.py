@@ -337,6 +337,15 @@ GATE = _table(
     _column("note", pa.string(), "what the value is of"),
 )
 
+EXEMPTION = _table(
+    "exemption",
+    "one user for whom nothing is blocked, or one item that is never blocked",
+    ("kind", "id"),
+    _column("kind", pa.string(), "user or item"),
+    _column("id", pa.string(), "the site's id of it"),
+    _column("note", pa.string(), "why"),
+)
+
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
@@ -360,5 +369,6 @@ TABLES: dict[str, Table] = {
         BLOCK_SCORE,
         BLOCK_LIST,
         GATE,
+        EXEMPTION,
     )
 }

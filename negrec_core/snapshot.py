@@ -150,7 +150,7 @@ def newest_list(store: DeltaStore, today: dt.date) -> Published:
     days = sorted((day for day in held if day <= today.isoformat()), reverse=True)
     expired = {}
     for day in days:
-        with _reading(f"ds={day}"):
+        with reading(f"ds={day}"):
             expiries = _column(store.files("block_list", [day], version), "expires_on")
         expires_on = pc.min(expiries).as_py()
         if expires_on is None:
@@ -207,22 +207,19 @@ def load_block_score(store: DeltaStore, ds: str, version: int) -> tuple[BlockSco
 
 def load_published(store: DeltaStore, found: Published) -> Snapshot:
     """Load a list that `newest_list` found; raises as `BlockList.open`."""
-    with _reading(f"ds={found.ds}, revision {found.revision}"):
+    with reading(f"ds={found.ds}, revision {found.revision}"):
         return _read_snapshot(store, found)
 
 
 @contextmanager
-def _reading(which: str) -> Iterator[None]:
+def reading(which: str, mend: str = "restore the file, or publish again with --force") -> Iterator[None]:
     """Turn what reading damaged or missing files raises into one line."""
     try:
         yield
     except (OSError, pa.ArrowException, DeltaError) as error:
         # delta-rs colours its messages.
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
-        raise InputError(
-            f"block list {which}: a table of it cannot be read ({reason}); restore the file, or"
-            " publish again with --force"
-        ) from None
+        raise InputError(f"block list {which}: a table of it cannot be read ({reason}); {mend}") from None
 
 
 def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:

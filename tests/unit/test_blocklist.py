@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from warehouses import DS, PLAIN_SCORE, Context, Entry, publish, save_codebook, score_row, small_codebook
 from warehouses import write_rows as write
 
+from jobs.block_list import unpublish
+from jobs.context import Warehouse
 from negrec_core import blocklist
 from negrec_core.block_score import FEATURES, BlockScore
 from negrec_core.blocklist import BlockList, load_block_score, load_snapshot, newest_list
 from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore, Provenance
 from negrec_core.errors import ArtefactError, InputError, MissingError, NegrecError
+from negrec_core.exemptions import Exemptions, end_exemption, exempt
 from negrec_core.generator import CODEBOOK
 from negrec_core.snapshot import Snapshot, load_published
 
@@ -504,6 +507,136 @@ def test_refresh_recovers_once_the_damage_is_repaired(copy):
     publish(root, version, ITEMS, ENTRIES, ds="2026-03-11", revision=2)
     assert blocks.refresh()
     assert (blocks.snapshot.ds, blocks.snapshot.revision) == ("2026-03-11", 2)
+
+
+# --------------------------------------------------------------------------------------------- undo
+
+
+def with_jobs(root):
+    return Warehouse(root, load_config(environment={}))
+
+
+def test_a_withdrawn_list_gives_way_to_the_day_before_and_then_to_none(copy):
+    root, version = copy
+    publish(root, version, ITEMS, {"ann": ENTRIES["ann"]}, ds="2026-03-11")
+    today = dt.date(2026, 3, 12)
+    blocks = BlockList.open(root, today=today)
+    assert blocks.snapshot.ds == "2026-03-11"
+    assert unpublish(with_jobs(root), "2026-03-11")
+    assert not unpublish(with_jobs(root), "2026-03-11")
+    assert blocks.refresh()
+    assert blocks.snapshot.ds == DS
+    assert blocks.allowed("bob", PAGE) != PAGE
+    blocked = next(item for item in PAGE if blocks.why("bob", item).blocked)
+    assert unpublish(with_jobs(root), DS)
+    for _ in range(2):
+        with pytest.raises(MissingError, match="nothing was published"):
+            blocks.refresh()
+        assert blocks.allowed("bob", PAGE) == PAGE
+        assert not blocks.why("bob", blocked).blocked
+    with pytest.raises(MissingError):
+        BlockList.open(root, today=today)
+    publish(root, version, ITEMS, ENTRIES, revision=3)
+    assert blocks.refresh()
+    assert blocks.why("bob", blocked).blocked
+
+
+def test_a_withdrawn_list_blocks_nothing_though_the_one_before_is_damaged(copy):
+    root, version = copy
+    publish(root, version, ITEMS, ENTRIES, ds="2026-03-11")
+    blocks = BlockList.open(root, today=TODAY)
+    drop_data_file(root, version)
+    unpublish(with_jobs(root), "2026-03-11")
+    with pytest.raises(InputError, match="cannot be read"):
+        blocks.refresh()
+    assert blocks.allowed("ann", PAGE) == PAGE
+
+
+def test_a_list_and_its_exemptions_stay_while_the_warehouse_is_away(copy):
+    root, _ = copy
+    exempt(DeltaStore(root), ["bob"], [], None, "1")
+    blocks = BlockList.open(root, today=TODAY)
+    root.rename(root.with_name("away"))
+    with pytest.raises(NegrecError):
+        blocks.refresh()
+    assert blocks.allowed("ann", PAGE) != PAGE
+    assert blocks.allowed("bob", PAGE) == PAGE
+
+
+def test_only_days_that_were_published_are_withdrawn(copy):
+    root, _ = copy
+    before = DeltaStore(root).version("block_list")
+    with pytest.raises(MissingError, match="table block_list: no partition ds=2026-03-01"):
+        unpublish(with_jobs(root), "2026-03-01")
+    assert DeltaStore(root).version("block_list") == before
+
+
+@given(
+    st.sampled_from(USERS),
+    pages,
+    page_shares,
+    st.sets(st.sampled_from(PAGE)),
+    st.sets(st.sampled_from(USERS)),
+)
+def test_what_is_exempt_is_never_blocked(blocks, user, page, share, items, users):
+    ours = BlockList("unused", blocks.snapshot, 0.3, share, TODAY, Exemptions(users, items))
+    allowed = ours.allowed(user, page)
+    if user in users or user not in ENTRIES:
+        assert allowed == page
+    rest = iter(page)
+    assert all(any(item == other for other in rest) for item in allowed)
+    assert [i for i in allowed if i in items] == [i for i in page if i in items]
+    plain = with_settings(blocks, 0.3, 0.0)
+    for item in set(page):
+        why = ours.why(user, item)
+        assert why.exempt == ("user" if user in users else "item" if item in items else None)
+        assert why.blocked == (plain.why(user, item).blocked and why.exempt is None)
+    # An exemption costs no other item its place but where the page's share is kept.
+    if share == 0 and user not in users:
+        others = [item for item in page if item not in items]
+        assert [i for i in allowed if i not in items] == plain.allowed(user, others)
+    assert len(allowed) >= share * len(page) - 1e-9
+
+
+def test_exemptions_hold_at_the_next_look_without_a_new_list(copy):
+    root, _ = copy
+    store = DeltaStore(root)
+    blocks = BlockList.open(root, min_page_share=0, today=TODAY)
+    blocked = [item for item in PAGE if blocks.why("ann", item).blocked]
+    assert not blocks.refresh_exemptions()
+    assert exempt(store, ["bob"], blocked[:1], "a complaint", "1") == 2
+    assert blocks.refresh_exemptions()
+    assert not blocks.refresh_exemptions()
+    assert blocks.allowed("bob", PAGE) == PAGE
+    assert blocks.why("bob", PAGE[0]).exempt == "user"
+    assert [item for item in PAGE if blocks.why("ann", item).blocked] == blocked[1:]
+    assert set(blocks.allowed("ann", blocked)) == {blocked[0]}
+    end_exemption(store, [], blocked[:1], "1")
+    assert not blocks.refresh()  # the list is the same; the exemptions are looked at all the same
+    assert blocks.allowed("ann", blocked) == []
+    assert BlockList.open(root, today=TODAY).allowed("bob", PAGE) == PAGE
+
+
+def test_a_warehouse_without_the_table_has_no_exemptions(copy):
+    root, _ = copy
+    shutil.rmtree(DeltaStore(root).path("exemption"))
+    blocks = BlockList.open(root, today=TODAY)
+    assert not blocks.refresh_exemptions()
+    assert blocks.allowed("ann", PAGE) != PAGE
+
+
+def test_exemptions_that_cannot_be_read_are_one_line_and_those_known_hold_on(copy):
+    root, _ = copy
+    store = DeltaStore(root)
+    exempt(store, ["ann"], [], None, "1")
+    blocks = BlockList.open(root, today=TODAY)
+    exempt(store, ["bob"], [], None, "1")
+    Path(store.files("exemption")[0]).unlink()
+    for look in (blocks.refresh, blocks.refresh_exemptions):
+        with pytest.raises(InputError, match="block list exemptions: a table of it cannot be read") as caught:
+            look()
+        assert str(caught.value).isprintable()
+    assert blocks.allowed("ann", PAGE) == PAGE
 
 
 # Two kinds of list that agree on what to block, but whose scores and thresholds must not be mixed:

@@ -103,6 +103,7 @@ WRONG = {
         ["backfill", "--start", "2026-02-01", "--end", "2026-02-01", "--stages", "feedback,none"],
         "stage none: unknown;",
     ),
+    "an exemption of nobody": (["exempt", "add"], "exempt whom or what? give --user or --item"),
     "a world too small": (["world", "nowhere", "--items", "1"], "world: items is 1; choose 50"),
 }
 
@@ -132,6 +133,9 @@ COMMANDS_ON_TABLES = (
     ("inspect", "u"),
     ("filter", "u", "i"),
     ("anchors", "--ds", "2026-02-01"),
+    ("unpublish", "--ds", "2026-02-01"),
+    ("exempt", "list"),
+    ("exempt", "add", "--user", "u"),
     ("train", "codebook", "--until", "2026-02-01"),
     ("train", "generator", "--until", "2026-02-01"),
 )
@@ -157,6 +161,11 @@ def test_a_warehouse_without_tables_is_one_line_and_exit_code_4(
     [
         (("run", "--ds", "2026-02-01"), "table behavior_log: no partition ds=2026-02-01; import the log"),
         (("inspect", "u"), "table block_list: nothing was published in"),
+        (
+            ("unpublish", "--ds", "2026-02-01"),
+            "table block_list: no partition ds=2026-02-01; `negrec status`",
+        ),
+        (("exempt", "remove", "--item", "i"), "item i: not exempt; `negrec exempt list` shows"),
         (("evaluate", "--ds", "2026-02-01"), "table block_list: no entries for ds=2026-02-01; run"),
     ],
 )
