@@ -358,6 +358,22 @@ def exempt_list(ctx: typer.Context) -> None:
 
 
 @app.command()
+def vacuum(
+    ctx: typer.Context,
+    days: Annotated[int, typer.Option(help="Retention: what a version of these days needs stays.")] = 30,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it this only looks.")] = False,
+) -> None:
+    """Delete files that no recent version of a table needs, and what killed writers left.
+
+    Without --delete it says what would go. Safe beside running jobs and readers: nothing younger than
+    the retention is touched, nor anything that a published list was made from.
+    """
+    from negrec_core.vacuum import vacuum as clean
+
+    views.show_vacuumed(clean(ctx.obj.open().store, days, delete=delete), delete)
+
+
+@app.command()
 def evaluate(
     ctx: typer.Context,
     ds: Day,

@@ -23,6 +23,7 @@ from negrec_core.generator import CODEBOOK, GENERATOR
 from negrec_core.items import load_items
 from negrec_core.metrics import FIGURES, Estimate
 from negrec_core.schemas import TABLES
+from negrec_core.vacuum import Vacuumed
 
 if TYPE_CHECKING:
     from jobs.import_log import ImportSummary
@@ -182,6 +183,20 @@ def show_filter(warehouse: Warehouse, user: str, items: Sequence[str], on: str |
         )
     console.print(view)
     console.print(f"list of {blocks.snapshot.ds}; blocked from {blocks.threshold:.3f}")
+
+
+def show_vacuumed(found: Sequence[Vacuumed], deleted: bool) -> None:
+    """What went, or would go."""
+    if not found:
+        console.print("nothing to delete")
+        return
+    view = Table("table", "left by failed writers", "replaced", "size", "staging days")
+    for one in found:
+        cells = (f"{one.orphans:,} files", f"{one.replaced:,} files", f"{one.size / 1e6:,.1f} MB")
+        view.add_row(one.table or "temporary", *cells, _span(one.staging))
+    console.print(view)
+    total = f"{sum(one.size for one in found) / 1e6:,.1f} MB"
+    console.print(f"{total} deleted" if deleted else f"{total} would be deleted; --delete does it")
 
 
 def show_exemptions(rows: pa.Table) -> None:

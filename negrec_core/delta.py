@@ -296,6 +296,20 @@ class DeltaStore:
         count = (self.handle(table).transaction_version(shard) or 0) + 1
         return self._replace(table, run, [ds], bucket, {shard: count, f"{shard}.{digest}": count}, {})
 
+    def drop_shards(self, table: str, ds: str) -> int:
+        """Empty a day of a staging table; none of its shards that hold rows is done from then on.
+
+        Raises:
+            ConflictError: another writer committed one of them at the same time.
+        """
+        handle = self.handle(table)
+        buckets = {part["bucket"] for part in handle.partitions() if part["ds"] == ds}
+        shards = [f"{_app_id(table, ds)}.{bucket}" for bucket in buckets]
+        transactions = {shard: (handle.transaction_version(shard) or 0) + 1 for shard in shards}
+        run = self.new_run(table)
+        run.mkdir()
+        return self._replace(table, run, [ds], None, transactions, {})
+
     def _replace(
         self,
         table: str,

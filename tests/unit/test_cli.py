@@ -103,6 +103,7 @@ WRONG = {
         ["backfill", "--start", "2026-02-01", "--end", "2026-02-01", "--stages", "feedback,none"],
         "stage none: unknown;",
     ),
+    "a retention of no day": (["vacuum", "--days", "0"], "a retention of 0 days: give at least 1"),
     "an exemption of nobody": (["exempt", "add"], "exempt whom or what? give --user or --item"),
     "a world too small": (["world", "nowhere", "--items", "1"], "world: items is 1; choose 50"),
 }
@@ -135,6 +136,7 @@ COMMANDS_ON_TABLES = (
     ("anchors", "--ds", "2026-02-01"),
     ("unpublish", "--ds", "2026-02-01"),
     ("exempt", "list"),
+    ("vacuum",),
     ("exempt", "add", "--user", "u"),
     ("train", "codebook", "--until", "2026-02-01"),
     ("train", "generator", "--until", "2026-02-01"),
