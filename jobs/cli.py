@@ -402,6 +402,19 @@ def status(ctx: typer.Context) -> None:
     views.show_status(ctx.obj.open())
 
 
+@app.command()
+def doctor(ctx: typer.Context) -> None:
+    """Check what a run needs, each line ok or how to mend it: Java, memory, packages, GPUs, models, tables.
+
+    Ends with the exit code of the first thing that is not ok. Reads every file of every model.
+    """
+    from jobs.doctor import examine
+
+    warehouse = ctx.obj.open()
+    codes = [views.show_finding(finding) for finding in examine(warehouse)]
+    raise typer.Exit(next(filter(None, codes), 0))
+
+
 On = Annotated[
     str | None,
     typer.Option("--on", help="Day to ask for; default: that of the newest list.", metavar="DAY"),

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from jobs.console import console
 from jobs.context import Warehouse
+from jobs.doctor import Finding
 from jobs.pipeline import StageResult
 from negrec_core.artefacts import Manifest, list_versions
 from negrec_core.blocklist import BlockList, newest_list
@@ -183,6 +184,15 @@ def show_filter(warehouse: Warehouse, user: str, items: Sequence[str], on: str |
         )
     console.print(view)
     console.print(f"list of {blocks.snapshot.ds}; blocked from {blocks.threshold:.3f}")
+
+
+def show_finding(finding: Finding) -> int:
+    """One line of `negrec doctor`, as soon as it is known; its exit code."""
+    mark = "ok" if finding.ok else "NOT OK"
+    line = f"{mark:6}  {finding.check}: {finding.text}"
+    style = None if finding.ok else "bold red"
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    return finding.exit_code
 
 
 def show_vacuumed(found: Sequence[Vacuumed], deleted: bool) -> None:
