@@ -15,7 +15,7 @@ from jobs import views
 from jobs.console import console, errors, reporting, set_up_process
 from jobs.context import JobContext, Warehouse
 from jobs.gates import ACCEPTABLE
-from jobs.pipeline import DAILY_STAGES, DATA_STAGES, parse_day, run_day, run_range, run_stage
+from jobs.pipeline import DAILY_STAGES, DATA_STAGES, parse_day, run_day, run_range, run_stage, run_stale
 from negrec_core import __version__
 from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore
@@ -287,10 +287,20 @@ def backfill(
     ctx: typer.Context,
     start: Annotated[str, typer.Option(help="First log date.", metavar="DAY")],
     end: Annotated[str, typer.Option(help="Last log date.", metavar="DAY")],
-    stages: Stages = _DATA,
+    stages: Annotated[
+        str | None,
+        typer.Option(help=f"By comma, of: {', '.join(DAILY_STAGES)}.", metavar="STAGES"),
+    ] = None,
     force: Force = False,
+    stale: Annotated[
+        bool,
+        typer.Option("--stale", help="Make again what `negrec status` shows as stale, and nothing else."),
+    ] = False,
 ) -> None:
-    """Run stages for a range of log dates, oldest first. Default: the stages that need no model."""
+    """Run stages for a range of log dates, oldest first.
+
+    Default: the stages that need no model; with --stale all stages.
+    """
     from negrec_core.delta import day_range
 
     days = day_range(parse_day(start), parse_day(end))
@@ -298,8 +308,14 @@ def backfill(
         raise ConfigError(f"--start {start} is after --end {end}")
     warehouse = ctx.obj.open()
     with reporting() as reporter:
-        results = run_range(warehouse, days, stages.split(","), force, reporter)
-    views.show_results(results)
+        if stale:
+            results = run_stale(warehouse, days, stages.split(",") if stages else None, reporter)
+        else:
+            results = run_range(warehouse, days, (stages or _DATA).split(","), force, reporter)
+    if stale and not results:
+        console.print("nothing of these days is stale")
+    else:
+        views.show_results(results)
 
 
 @app.command()

@@ -73,6 +73,8 @@ class JobContext:
         self._accepted: list[str] = []
         self._inputs: dict[str, int] = {}
         self._models: dict[str, str] = {}
+        # First and last day that was read; all from the start where the first is None.
+        self._windows: dict[str, tuple[str | None, str]] = {}
 
     @property
     def spark(self) -> "SparkSession":
@@ -87,6 +89,8 @@ class JobContext:
         """A table, or the given `ds` partitions of it, as a Spark frame with the declared schema."""
         version = self.store.version(table)
         self._inputs[table] = max(version, self._inputs.get(table, 0))
+        if days:
+            self._use_window(table, min(days), max(days))
         return read_files(self.spark, self.store, table, self.store.files(table, days, version))
 
     def read_window(self, table: str, start: dt.date | None = None) -> "DataFrame":
@@ -103,7 +107,23 @@ class JobContext:
             first = dt.date.fromisoformat(held[0])
             span = [(first + dt.timedelta(days=n)).isoformat() for n in range((end - first).days)]
             self.require(table, span)
+        self._use_window(table, begin.isoformat(), self.ds)
         return self.read(table, held)
+
+    def read_until(self, table: str) -> "DataFrame":
+        """All partitions of a table up to `ds`."""
+        self._use_window(table, None, self.ds)
+        return self.read(table, [day for day in self.store.days(table) if day <= self.ds])
+
+    def each_day_reads(self, table: str, days_back: int) -> None:
+        """Record, where several days are made at once, how far back each one of them has read."""
+        first = dt.date.fromisoformat(self.ds) - dt.timedelta(days=days_back)
+        self._windows[table] = (first.isoformat(), self.ds)
+
+    def _use_window(self, table: str, first: str | None, last: str) -> None:
+        known = self._windows.get(table, (first, last))
+        earliest = None if first is None or known[0] is None else min(first, known[0])
+        self._windows[table] = (earliest, max(last, known[1]))
 
     def require(self, table: str, days: Sequence[str]) -> None:
         """Raise MissingError, saying what to run, unless the partitions were committed."""
@@ -119,7 +139,7 @@ class JobContext:
     def at(self, ds: str) -> "JobContext":
         """The same run seen from another log date; reads through it are recorded here."""
         other = JobContext(self.warehouse, ds, self.revision)
-        other._inputs, other._models = self._inputs, self._models
+        other._inputs, other._models, other._windows = self._inputs, self._models, self._windows
         return other
 
     def pin(self, *tables: str) -> dict[str, int]:
@@ -168,8 +188,15 @@ class JobContext:
             models=dict(self._models),
             config_digest=self.config.digest(),
             code_version=negrec_core.__version__,
+            windows={
+                table: [None if first is None else self._days_after(first), self._days_after(last)]
+                for table, (first, last) in self._windows.items()
+            },
             accepted=list(self._accepted),
         )
+
+    def _days_after(self, day: str) -> int:
+        return (dt.date.fromisoformat(day) - dt.date.fromisoformat(self.ds)).days
 
 
 def spark_schema(table: str, body_only: bool = False) -> "StructType":

@@ -80,4 +80,5 @@ def run_days(ctx: JobContext, days: Sequence[str]) -> None:
         views = item_views(ctx.read_window("behavior_log", first), days)
     else:
         views = item_views(log, days)
+    ctx.each_day_reads("behavior_log", _VIEW_DAYS - 1 if ctx.config.feedback.implicit.enabled else 0)
     ctx.write("feedback", feedback(log, views, ctx.config.feedback), days)

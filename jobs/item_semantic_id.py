@@ -88,7 +88,7 @@ def run(ctx: JobContext) -> None:
         version = newest(models, CODEBOOK, ctx.ds).version
     codebook, _ = open_codebook(models, version)
     ctx.use_model(CODEBOOK, version)
-    catalogue = ctx.read("item", [d for d in ctx.store.days("item") if d <= ctx.ds])
+    catalogue = ctx.read_until("item")
     latest = Window.partitionBy("item_id").orderBy(F.desc("ds"))
     catalogue = catalogue.withColumn("n", F.row_number().over(latest)).where("n = 1").drop("n")
     known = ctx.read("item_semantic_id")

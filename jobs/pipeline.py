@@ -5,7 +5,7 @@ import functools
 import importlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import negrec_core.errors as errors
 from jobs import feedback
 from jobs.context import JobContext, Warehouse, log
 from jobs.gates import check_acceptable
+from jobs.staleness import Stale, stale_partitions
 from negrec_core.errors import ConfigError, NegrecError
 from negrec_core.progress import Progress, silent
 
@@ -21,13 +22,10 @@ DATA_STAGES = ("feedback", "item_rate", "item_graph", "user_context", "future_fe
 MODEL_STAGES = ("item_semantic_id", "negative_item_set", "block_score", "block_list")
 DAILY_STAGES = DATA_STAGES + MODEL_STAGES
 # Made on demand: samples when a generator is trained, anchors for logs whose users come in bursts.
-EXTRA_STAGES = (
-    "training_translation",
-    "training_alignment",
-    "training_next_negative",
-    "training_grpo",
-    "anchor",
-)
+TRAINING_STAGES = ("training_translation", "training_alignment", "training_next_negative", "training_grpo")
+EXTRA_STAGES = (*TRAINING_STAGES, "anchor")
+# Each after those that it reads.
+_BY_INPUT = ("feedback", "anchor", *DATA_STAGES[1:], *MODEL_STAGES, *TRAINING_STAGES)
 
 
 class Reporter(Protocol):
@@ -136,6 +134,35 @@ def run_range(
             results += [StageResult("feedback", day, revision, True, each) for day in missing]
     for day in days if rest else []:
         results += run_day(warehouse, day, rest, force, reporter)
+    return results
+
+
+def stale(warehouse: Warehouse) -> list[Stale]:
+    """Partitions that were made from an older revision than there is now, in the order to make them."""
+    return stale_partitions(warehouse.store, _BY_INPUT)
+
+
+def run_stale(
+    warehouse: Warehouse,
+    days: Collection[str],
+    stages: Collection[str] | None = None,
+    reporter: Reporter | None = None,
+) -> list[StageResult]:
+    """Make the stale partitions of some days and stages (default: all) again, each as a new revision.
+
+    Stopped and started again it goes on with those that are left.
+
+    Raises:
+        ConfigError, NegrecError: as `run_day`.
+    """
+    wanted = set(_in_order(_BY_INPUT if stages is None else list(stages)))
+    chosen = [(one.table, one.ds) for one in stale(warehouse) if one.ds in days and one.table in wanted]
+    # From the log alone, so that all its days can be made at once.
+    at_once = [ds for table, ds in chosen if table == "feedback"]
+    results = run_range(warehouse, at_once, ["feedback"], True, reporter)
+    for table, ds in chosen:
+        if table != "feedback":
+            results += run_day(warehouse, ds, [table], True, reporter)
     return results
 
 

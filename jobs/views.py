@@ -15,7 +15,7 @@ from rich.table import Table
 from jobs.console import console
 from jobs.context import Warehouse
 from jobs.doctor import Finding
-from jobs.pipeline import StageResult
+from jobs.pipeline import StageResult, stale
 from negrec_core.artefacts import Manifest, list_versions
 from negrec_core.blocklist import BlockList, newest_list
 from negrec_core.config import Config
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from train.evaluate import Evaluation
 
 _SHOWN = 8
+_SHOWN_STALE = 20
 
 
 def show_import(summary: "ImportSummary") -> None:
@@ -69,7 +70,9 @@ def show_manifest(manifest: Manifest) -> None:
 
 def show_status(warehouse: Warehouse) -> None:
     """Tables by day and revision, models by version."""
-    tables = Table("table", "days", "partitions", "revisions", "version", title=str(warehouse.root))
+    outdated = stale(warehouse)
+    columns = ("table", "days", "partitions", "revisions", "version", "stale")
+    tables = Table(*columns, title=str(warehouse.root))
     for name in TABLES:
         days = warehouse.store.days(name)
         revisions = sorted({warehouse.store.revision(name, day) for day in days})
@@ -79,8 +82,20 @@ def show_status(warehouse: Warehouse) -> None:
             str(len(days)),
             ", ".join(map(str, revisions)),
             str(warehouse.store.version(name)),
+            str(sum(one.table == name for one in outdated) or ""),
         )
     console.print(tables)
+    for one in outdated[:_SHOWN_STALE]:
+        console.print(
+            f"stale: {one.table} {one.ds}, made before {one.source} {one.source_ds}"
+            f" (now revision {one.revision}, or stale too)"
+        )
+    if outdated:
+        more = f"{len(outdated) - _SHOWN_STALE} more; " if len(outdated) > _SHOWN_STALE else ""
+        first, last = (pick(one.ds for one in outdated) for pick in (min, max))
+        console.print(
+            f"{more}mend with `negrec backfill --stale --start {first} --end {last}`", soft_wrap=True
+        )
     models = Table("model", "version", "learned until", "codebook", "figures")
     for name in (CODEBOOK, GENERATOR):
         for manifest in list_versions(warehouse.models, name):

@@ -45,6 +45,8 @@ class Provenance:
 
     Attributes:
         inputs: table -> Delta version it was read at.
+        windows: table -> first and last day of it that a partition was made from, in days after the
+            partition's `ds`; the first may be None, for all. A table not named here: `ds` alone.
         models: model name -> version used.
         config_digest: digest of the effective configuration.
         code_version: version of negrec.
@@ -55,6 +57,7 @@ class Provenance:
     models: Mapping[str, str] = field(default_factory=dict)
     config_digest: str = ""
     code_version: str = ""
+    windows: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
     accepted: Sequence[str] = field(default_factory=list)
 
 
