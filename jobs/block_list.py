@@ -287,16 +287,23 @@ def run(ctx: JobContext) -> None:
         versions["item"],
         score,
     )
-    users = run_sql(ctx.spark, "block_list", {"predicted": predicted, "contexts": contexts})
+
+    def users(predicted: "DataFrame") -> "DataFrame":
+        return run_sql(ctx.spark, "block_list", {"predicted": predicted, "contexts": contexts})
+
+    def judged_by_list(exposures: "DataFrame") -> "DataFrame":
+        # Before the sets are gathered: the users judged are few where there are many.
+        shown = exposures.select("user_id").distinct()
+        return judged_exposures(users(predicted.join(shown, "user_id", "left_semi")), exposures, task)
+
     expires = dt.date.fromisoformat(ctx.ds) + dt.timedelta(days=ctx.config.block_list.valid_days + 1)
-    staged = ctx.stage("block_list", block_list(users, task).withColumn("expires_on", F.lit(expires)))
+    staged = ctx.stage(
+        "block_list", block_list(users(predicted), task).withColumn("expires_on", F.lit(expires))
+    )
+    files = [str(file) for file in staged.rglob("*.parquet")]
     try:
-        judged = gates.judge(
-            ctx,
-            read_files(ctx.spark, ctx.store, "block_list", [str(file) for file in staged.rglob("*.parquet")]),
-            lambda exposures: judged_exposures(users, exposures, task),
-        )
-        gates.require_passed(ctx, judged)
+        entries = read_files(ctx.spark, ctx.store, "block_list", files)
+        gates.require_passed(ctx, gates.judge(ctx, entries, judged_by_list))
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
