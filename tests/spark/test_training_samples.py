@@ -17,17 +17,22 @@ CODES = {f"i{n}": [n % 3, n % 5, n // 2] for n in range(12)}
 
 
 def random_feedback(seed: int) -> list[dict[str, Any]]:
+    """Users who mostly dislike the items of one parity and like the others."""
     rng = random.Random(seed)
-    return [
-        {
-            "user_id": f"u{rng.randrange(4)}",
-            "item_id": f"i{rng.randrange(12)}",
-            "event_time": START + dt.timedelta(hours=rng.randrange(24 * 20)),
-            "polarity": rng.choice((-1, 1)),
-            "ds": "2026-01-20",
-        }
-        for _ in range(150)
-    ]
+    rows = []
+    for _ in range(150):
+        user, item = rng.randrange(4), rng.randrange(12)
+        polarity = 1 if (user + item) % 2 else -1
+        rows.append(
+            {
+                "user_id": f"u{user}",
+                "item_id": f"i{item}",
+                "event_time": START + dt.timedelta(hours=rng.randrange(24 * 20)),
+                "polarity": -polarity if rng.random() < 0.05 else polarity,
+                "ds": "2026-01-20",
+            }
+        )
+    return rows
 
 
 def ids_frame(spark: Any, codes: dict[str, list[int]] | None = None) -> Any:
