@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from jobs import gates
 from jobs.context import JobContext, Warehouse, read_files, run_sql
-from negrec_core.block_score import BlockScore, Items, features
+from negrec_core.block_score import BlockScore, Items, Tally, features
 from negrec_core.blocklist import load_block_score
 from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore
@@ -45,6 +45,7 @@ class Catalogue:
         item_log_odds: theirs, float64 [items + 1]; the last is the prior.
         log_odds: mean log odds of the items under each leaf of the trie, float64 [leaves].
         categories: those of the first item under each leaf, int32 [leaves, 2].
+        category_numbers: of every category path; see `Categories`.
     """
 
     codebook: Codebook
@@ -54,6 +55,7 @@ class Catalogue:
     item_log_odds: np.ndarray
     log_odds: np.ndarray
     categories: np.ndarray
+    category_numbers: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,10 @@ def load_catalogue(task: BlockListTask) -> Catalogue:
     categories = load_categories(store, task.ds, ids.items, task.items_version)
     # Leaves are numbered without gaps, so the distinct ones are all of them in order.
     first = np.unique(leaf, return_index=True)[1]
-    items = Items(codebook.unit(ids.codes), categories).with_unknown()
+    items = Items(codebook.unit(ids.codes), categories.of_items).with_unknown()
     item_log_odds = np.append(item_log_odds, task.score.prior_log_odds)
-    return Catalogue(codebook, trie, ids.index, items, item_log_odds, log_odds, categories[first])
+    of_leaves = categories.of_items[first]
+    return Catalogue(codebook, trie, ids.index, items, item_log_odds, log_odds, of_leaves, categories.numbers)
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,9 @@ class _User:
         unit: unit embeddings of these, [m, dim].
         log_probs: of these, [m].
         past: past dislikes that have an ID, with their reasons.
-        disliked: the same as items.
-        liked: past likes that have an ID.
+        disliked: unit embeddings of these, [k, dim].
+        liked: the same of past likes that have an ID.
+        tally: the user's feedback by category.
         log_odds: the user's.
     """
 
@@ -167,8 +171,9 @@ class _User:
     unit: np.ndarray
     log_probs: np.ndarray
     past: list[dict[str, Any]]
-    disliked: Items
-    liked: Items
+    disliked: np.ndarray
+    liked: np.ndarray
+    tally: Tally
     log_odds: float
 
 
@@ -180,8 +185,8 @@ def _user(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> _User
         [event for event in row[column] if event["item_id"] in catalogue.index]
         for column in ("negatives", "positives")
     )
-    disliked_items, liked_items = (
-        catalogue.items.take([catalogue.index[event["item_id"]] for event in events])
+    disliked_unit, liked_unit = (
+        catalogue.items.unit[[catalogue.index[event["item_id"]] for event in events]]
         for events in (disliked, liked)
     )
     return _User(
@@ -190,8 +195,9 @@ def _user(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> _User
         catalogue.codebook.unit(codes[legal]),
         log_probs[legal],
         disliked,
-        disliked_items,
-        liked_items,
+        disliked_unit,
+        liked_unit,
+        Tally.of(row["categories"], catalogue.category_numbers),
         float(score.user_log_odds(np.array(row["n_negatives"]), np.array(row["n_positives"]))),
     )
 
@@ -204,6 +210,7 @@ def _scores(user: _User, candidates: Items, log_odds: np.ndarray, score: BlockSc
             user.log_probs,
             user.disliked,
             user.liked,
+            user.tally,
             log_odds,
             user.log_odds,
             score.prior_log_odds,
@@ -217,7 +224,7 @@ def _entries(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> It
     leaf = catalogue.trie.find(user.codes)
     candidates = Items(user.unit, catalogue.categories[leaf])
     scores = iter(_scores(user, candidates, catalogue.log_odds[leaf], score).tolist())
-    cosines = iter(user.unit @ user.disliked.unit.T)
+    cosines = iter(user.unit @ user.disliked.T)
     for entry, legal in zip(row["entries"], user.legal, strict=True):
         cosine = next(cosines) if legal else np.zeros(0)
         nearest = int(cosine.argmax()) if len(cosine) else None

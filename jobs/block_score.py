@@ -16,11 +16,12 @@ from jobs.anchors import before, held_out, last_dislike_anchors, visible
 from jobs.context import JobContext, log
 from jobs.generation import GenerationTask, generate, generation_task
 from jobs.item_rate import item_rate
-from jobs.user_context import user_context
+from jobs.user_context import user_context, with_categories
 from negrec_core.block_score import (
     FEATURES,
     BlockScore,
     Items,
+    Tally,
     curve,
     features,
     sigmoid,
@@ -101,9 +102,9 @@ def collect_calibration(ctx: JobContext, feedback: "DataFrame", generator: Gener
     held_back = _held_back(ctx, feedback, task)
     ids = load_semantic_ids(ctx.store, task.codebook_version, ctx.ds, task.ids_version)
     categories = load_categories(ctx.store, ctx.ds, ids.items, ctx.pin("item")["item"])
-    items = Items(generator.codebook.unit(ids.codes), categories)
+    items = Items(generator.codebook.unit(ids.codes), categories.of_items)
     pseudo_events = ctx.config.calibration.rate_pseudo_events
-    return _features_of(held_back, ids, items, generator.codebook, pseudo_events)
+    return _features_of(held_back, ids, items, categories.numbers, generator.codebook, pseudo_events)
 
 
 def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> HeldBack:
@@ -118,7 +119,9 @@ def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> 
         .limit(settings.max_users)
         .persist()
     )
-    contexts = user_context(past, chosen, ctx.config.context, ctx.config.window_days).persist()
+    window = ctx.config.window_days
+    contexts = user_context(past, chosen, ctx.config.context, window)
+    contexts = with_categories(contexts, past, ctx.read_items(), window).persist()
     labels = (
         feedback.join(chosen, "user_id")
         .where(F.col("event_time") > F.col("anchor_time"))
@@ -130,7 +133,7 @@ def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> 
     held_back = HeldBack(
         labels=labels.toArrow(),
         predictions=generate(contexts, task).toArrow(),
-        contexts=contexts.select("user_id", *item_ids, "n_negatives", "n_positives").toArrow(),
+        contexts=contexts.select("user_id", *item_ids, "n_negatives", "n_positives", "categories").toArrow(),
         rates=item_rate(past, settings.rate_pseudo_events).select("item_id", "log_odds").toArrow(),
         prior_log_odds=float(np.log((events.get(-1, 0) + 1) / (events.get(1, 0) + 1))),
     )
@@ -140,7 +143,12 @@ def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> 
 
 
 def _features_of(
-    held_back: HeldBack, ids: SemanticIds, items: Items, codebook: Codebook, pseudo_events: float
+    held_back: HeldBack,
+    ids: SemanticIds,
+    items: Items,
+    category_numbers: dict[str, tuple[int, int]],
+    codebook: Codebook,
+    pseudo_events: float,
 ) -> Calibration:
     """Features of every label as the ranking service would compute them; ordered by user and item."""
     catalogue = items.with_unknown()
@@ -154,7 +162,7 @@ def _features_of(
     entry_unit = codebook.unit(predicted)
     log_probs = predictions["log_prob"].to_numpy().astype(np.float64)
     contexts = {row["user_id"]: row for row in held_back.contexts.to_pylist()}
-    nothing = {"negatives": [], "positives": [], "n_negatives": 0, "n_positives": 0}
+    nothing = {"negatives": [], "positives": [], "n_negatives": 0, "n_positives": 0, "categories": []}
     labels = held_back.labels.sort_by([("user_id", "ascending"), ("item_id", "ascending")])
     judged = labels["item_id"].to_pylist()
     out = np.zeros((len(judged), len(FEATURES)))
@@ -163,7 +171,7 @@ def _features_of(
         own = entries.get(user, slice(0, 0))
         context = contexts.get(user, nothing)
         disliked, liked = (
-            catalogue.take([ids.index[item] for item in context[column] if item in ids.index])
+            catalogue.unit[[ids.index[item] for item in context[column] if item in ids.index]]
             for column in ("negatives", "positives")
         )
         user_log_odds = smoothed_log_odds(
@@ -175,6 +183,7 @@ def _features_of(
             log_probs[own],
             disliked,
             liked,
+            Tally.of(context["categories"], category_numbers),
             np.array([item_log_odds.get(item, prior) for item in judged[span]]),
             float(user_log_odds),
             prior,

@@ -125,6 +125,15 @@ class JobContext:
         earliest = None if first is None or known[0] is None else min(first, known[0])
         self._windows[table] = (earliest, max(last, known[1]))
 
+    def read_items(self) -> "DataFrame":
+        """The newest version of every item known on `ds`."""
+        from pyspark.sql import Window
+        from pyspark.sql import functions as F
+
+        items = self.read_until("item")
+        latest = Window.partitionBy("item_id").orderBy(F.desc("ds"))
+        return items.withColumn("n", F.row_number().over(latest)).where("n = 1").drop("n")
+
     def require(self, table: str, days: Sequence[str]) -> None:
         """Raise MissingError, saying what to run, unless the partitions were committed."""
         hint = (

@@ -78,7 +78,6 @@ def first_ids(semantic_ids: "DataFrame", version: str) -> "DataFrame":
 
 def run(ctx: JobContext) -> None:
     """Append: a published ID stays, whatever happens to the item's text or to later days."""
-    from pyspark.sql import Window
     from pyspark.sql import functions as F
 
     models = ctx.warehouse.models
@@ -88,9 +87,7 @@ def run(ctx: JobContext) -> None:
         version = newest(models, CODEBOOK, ctx.ds).version
     codebook, _ = open_codebook(models, version)
     ctx.use_model(CODEBOOK, version)
-    catalogue = ctx.read_until("item")
-    latest = Window.partitionBy("item_id").orderBy(F.desc("ds"))
-    catalogue = catalogue.withColumn("n", F.row_number().over(latest)).where("n = 1").drop("n")
+    catalogue = ctx.read_items()
     known = ctx.read("item_semantic_id")
     of_codebook = known.where((F.col("codebook_version") == version) & (F.col("ds") <= ctx.ds))
     unnamed = catalogue.join(of_codebook, "item_id", "left_anti")

@@ -28,12 +28,8 @@ def training_translation(items: "DataFrame", semantic_ids: "DataFrame") -> "Data
 
 
 def run(ctx: JobContext) -> None:
-    from pyspark.sql import Window
     from pyspark.sql import functions as F
 
     version = newest(ctx.warehouse.models, CODEBOOK, ctx.ds).version
     ids = first_ids(ctx.read("item_semantic_id").where(F.col("ds") <= ctx.ds), version)
-    items = ctx.read("item", [day for day in ctx.store.days("item") if day <= ctx.ds])
-    latest = Window.partitionBy("item_id").orderBy(F.desc("ds"))
-    items = items.withColumn("n", F.row_number().over(latest)).where("n = 1")
-    ctx.write("training_translation", training_translation(items.select("item_id", "title"), ids))
+    ctx.write("training_translation", training_translation(ctx.read_items().select("item_id", "title"), ids))

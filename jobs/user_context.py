@@ -31,12 +31,42 @@ def user_context(
     )
 
 
+def with_categories(
+    contexts: "DataFrame", feedback: "DataFrame", items: "DataFrame", window_days: int
+) -> "DataFrame":
+    """Contexts with the column `categories`: all feedback of the window by the item's category path.
+
+    Args:
+        contexts: rows of `user_context`.
+        feedback: what they were made from.
+        items: (item_id, category), one row per item.
+        window_days: how far back a row may look.
+    """
+    from pyspark.sql import functions as F
+
+    key = ["user_id", "anchor_time"]
+    age = F.col("anchor_time") - F.col("event_time")
+    window = F.expr(f"make_dt_interval({window_days})")
+    counts = (
+        contexts.select(key)
+        .join(feedback.select("user_id", "item_id", "event_time", "polarity"), "user_id")
+        .where((F.col("event_time") < F.col("anchor_time")) & (age <= window))
+        .join(items.where("category <> ''"), "item_id")
+        .groupBy(*key, "category")
+        .agg(
+            F.count_if(F.col("polarity") == -1).cast("int").alias("n_negatives"),
+            F.count_if(F.col("polarity") == 1).cast("int").alias("n_positives"),
+        )
+        .groupBy(key)
+        .agg(F.sort_array(F.collect_list(F.struct("category", "n_negatives", "n_positives"))).alias("found"))
+    )
+    nothing = F.array().cast(counts.schema["found"].dataType)
+    categories = F.coalesce("found", nothing).alias("categories")
+    return contexts.join(counts, key, "left").select(*contexts.columns, categories)
+
+
 def run(ctx: JobContext) -> None:
     feedback = ctx.read_window("feedback")
-    rows = user_context(
-        visible(ctx, feedback),
-        anchors(ctx, feedback),
-        ctx.config.context,
-        ctx.config.window_days,
-    )
-    ctx.write("user_context", rows)
+    seen = visible(ctx, feedback)
+    rows = user_context(seen, anchors(ctx, feedback), ctx.config.context, ctx.config.window_days)
+    ctx.write("user_context", with_categories(rows, seen, ctx.read_items(), ctx.config.window_days))

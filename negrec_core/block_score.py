@@ -7,7 +7,9 @@ dislike rates of the item, of the user, and of the user within the item's catego
 serves calibration, the published entries and the reader.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +48,31 @@ class Items:
         return Items(
             np.vstack([self.unit, np.zeros((1, self.unit.shape[1]), self.unit.dtype)]),
             np.vstack([self.categories, np.full((1, self.categories.shape[1]), -1, np.int32)]),
+        )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How often one user disliked and liked items of each category, over the whole window.
+
+    Attributes:
+        categories: numbers of the category and its top category, as those of `Items`, int32 [k, 2].
+        negatives: dislikes, [k].
+        positives: likes, [k].
+    """
+
+    categories: np.ndarray
+    negatives: np.ndarray
+    positives: np.ndarray
+
+    @classmethod
+    def of(cls, counts: Sequence[Mapping[str, Any]], numbers: Mapping[str, tuple[int, int]]) -> "Tally":
+        """The tally of a `user_context` row's `categories`; `numbers` are those of the candidates."""
+        known = [count for count in counts if count["category"] in numbers]
+        return cls(
+            np.array([numbers[count["category"]] for count in known], np.int32).reshape(-1, 2),
+            np.array([count["n_negatives"] for count in known], np.int64),
+            np.array([count["n_positives"] for count in known], np.int64),
         )
 
 
@@ -89,8 +116,9 @@ def features(
     candidates: Items,
     entries: np.ndarray,
     log_probs: np.ndarray,
-    disliked: Items,
-    liked: Items,
+    disliked: np.ndarray,
+    liked: np.ndarray,
+    tally: Tally,
     item_log_odds: np.ndarray,
     user_log_odds: float,
     prior_log_odds: float,
@@ -102,9 +130,10 @@ def features(
         candidates: n items.
         entries: unit embeddings of the user's predicted IDs, [m, dim]; m may be 0.
         log_probs: the generator's log-probabilities of the entries, finite, [m].
-        disliked: the user's past dislikes; there may be none. They and the likes are those listed in
-            `user_context` that have an ID, as often as listed.
-        liked: the past likes.
+        disliked: unit embeddings of the user's past dislikes, [k, dim]; there may be none. They and the
+            likes are those listed in `user_context` that have an ID, as often as listed.
+        liked: the same of the past likes.
+        tally: the user's feedback by category.
         item_log_odds: of the candidates, [n].
         user_log_odds: of the user.
         prior_log_odds: of dislike against like over all feedback.
@@ -119,23 +148,23 @@ def features(
         weight = np.exp(log_probs - log_probs.max())
         out[:, 0] = cosine.max(axis=0)
         out[:, 1] = (weight / weight.sum()) @ cosine
-    out[:, 2] = near(candidates.unit, disliked.unit)
-    out[:, 3] = near(candidates.unit, liked.unit)
+    out[:, 2] = near(candidates.unit, disliked)
+    out[:, 3] = near(candidates.unit, liked)
     out[:, 4] = item_log_odds
     out[:, 5] = user_log_odds
     out[:, 6:] = smoothed_log_odds(
-        _of_same_category(candidates, disliked),
-        _of_same_category(candidates, liked),
+        _of_same_category(candidates, tally.categories, tally.negatives),
+        _of_same_category(candidates, tally.categories, tally.positives),
         sigmoid(prior_log_odds),
         pseudo_events,
     )
     return out
 
 
-def _of_same_category(candidates: Items, past: Items) -> np.ndarray:
-    """How many past items have the category of each candidate, and its top category: [n, 2]."""
+def _of_same_category(candidates: Items, categories: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums of `counts` over the category of each candidate, and over its top category: [n, 2]."""
     here = candidates.categories[:, None]
-    return ((here == past.categories) & (here >= 0)).sum(axis=1)
+    return np.einsum("nkl,k->nl", (here == categories) & (here >= 0), counts)
 
 
 def near(candidates: np.ndarray, past: np.ndarray) -> np.ndarray:

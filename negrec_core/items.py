@@ -1,6 +1,7 @@
 """Reading `item`: the catalogue as of a log date, and the text that stands for an item."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -30,24 +31,34 @@ def load_items(
     return rows.filter(pa.array(newest))
 
 
+@dataclass(frozen=True)
+class Categories:
+    """Categories by number; the numbers mean nothing beyond one object.
+
+    Attributes:
+        numbers: category path -> numbers of the category and of its top category, which is the part of
+            the path before the first slash.
+        of_items: the same of some items, int32 [n, 2]; -1 where there is none.
+    """
+
+    numbers: dict[str, tuple[int, int]]
+    of_items: np.ndarray
+
+
 def load_categories(
     store: DeltaStore, ds: str, item_ids: Sequence[str], version: int | None = None
-) -> np.ndarray:
-    """Numbers of the items' category and top category, int32 [n, 2]; -1 where there is none.
-
-    The top category is the part of the path before the first slash. Numbers mean nothing beyond
-    one call.
-    """
+) -> Categories:
+    """All categories of the catalogue on `ds`, and those of `item_ids`."""
     rows = load_items(store, ds, version, ["category"])
     paths = dict(zip(rows["item_id"].to_pylist(), rows["category"].to_pylist(), strict=True))
-    numbers: tuple[dict[str, int], dict[str, int]] = ({}, {})
-    out = np.full((len(item_ids), len(numbers)), -1, np.int32)
-    for row, item in enumerate(item_ids):
-        path = paths.get(item)
-        if path:
-            for level, name in enumerate((path, path.split("/")[0])):
-                out[row, level] = numbers[level].setdefault(name, len(numbers[level]))
-    return out
+    numbers: dict[str, tuple[int, int]] = {}
+    tops: dict[str, int] = {}
+    for path in filter(None, paths.values()):
+        top = tops.setdefault(path.split("/")[0], len(tops))
+        numbers.setdefault(path, (len(numbers), top))
+    none = (-1, -1)
+    of_items = [numbers.get(paths.get(item) or "", none) for item in item_ids]
+    return Categories(numbers, np.array(of_items, np.int32).reshape(-1, 2))
 
 
 def item_text(row: dict[str, str | None]) -> str:

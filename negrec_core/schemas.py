@@ -27,6 +27,13 @@ _EXPANSION = pa.struct(
         pa.field("score", pa.float64()),
     ]
 )
+_CATEGORY_COUNT = pa.struct(
+    [
+        pa.field("category", pa.string()),
+        pa.field("n_negatives", pa.int32()),
+        pa.field("n_positives", pa.int32()),
+    ]
+)
 _CURVE_POINT = pa.struct(
     [
         pa.field("threshold", pa.float64()),
@@ -176,6 +183,7 @@ USER_CONTEXT = _table(
     _column("positives", pa.list_(_EVENT_REF), "liked, most recent first"),
     _column("n_negatives", pa.int32(), "all dislikes in the window, also those beyond the list"),
     _column("n_positives", pa.int32(), "all likes in the window, also those beyond the list"),
+    _column("categories", pa.list_(_CATEGORY_COUNT), "all of them by the item's category path"),
     bucketed=True,
 )
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake.exceptions import DeltaError
 
-from negrec_core.block_score import FEATURES, BlockScore, Items, features
+from negrec_core.block_score import FEATURES, BlockScore, Items, Tally, features
 from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import ArtefactError, InputError, MissingError
@@ -64,6 +64,28 @@ class History:
 
 
 @dataclass(frozen=True, eq=False)
+class Tallies:
+    """Feedback by category of every user, laid out as `History`.
+
+    Attributes:
+        starts: int64 [users + 1].
+        categories: numbers of category and top category, int32 [n, 2].
+        negatives: dislikes, int32 [n].
+        positives: likes, int32 [n].
+    """
+
+    starts: np.ndarray
+    categories: np.ndarray
+    negatives: np.ndarray
+    positives: np.ndarray
+
+    def of(self, user_row: int) -> Tally:
+        """The tally of one user."""
+        span = slice(*self.starts[user_row : user_row + 2].tolist())
+        return Tally(self.categories[span], self.negatives[span], self.positives[span])
+
+
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """One published list with all that scoring needs; never changed, so readers need no locks.
 
@@ -78,6 +100,7 @@ class Snapshot:
         user_log_odds: smoothed, float64 [users + others + 1]; the last is the prior.
         disliked: past dislikes of [users + others + 1]; the last has none.
         liked: past likes of the same.
+        tallies: feedback by category of the same.
         entries: row of `sid_unit` of each entry, int32 [entries].
         ranks: rank of each entry, int32 [entries].
         log_probs: float32 [entries].
@@ -99,6 +122,7 @@ class Snapshot:
     user_log_odds: np.ndarray
     disliked: History
     liked: History
+    tallies: Tallies
     entries: np.ndarray
     ranks: np.ndarray
     log_probs: np.ndarray
@@ -118,8 +142,9 @@ class Snapshot:
             self.catalogue.take(rows),
             self.sid_unit[self.entries[span]],
             self.log_probs[span],
-            self.catalogue.take(self.disliked.of(user)),
-            self.catalogue.take(self.liked.of(user)),
+            self.catalogue.unit[self.disliked.of(user)],
+            self.catalogue.unit[self.liked.of(user)],
+            self.tallies.of(user),
             self.item_log_odds[rows],
             float(self.user_log_odds[user]),
             self.score.prior_log_odds,
@@ -246,10 +271,14 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
     # Column by column: the whole table would take twice the memory.
     files = store.files("block_list", [ds], found.version)
     names, starts, order = _grouped(_column(files, "user_id"), _column(files, "rank"))
-    others, user_log_odds, disliked, liked = _contexts(
-        store.files("user_context", [ds], inputs["user_context"]), names, ids.items, score
-    )
     categories = load_categories(store, ds, ids.items, inputs["item"])
+    others, user_log_odds, disliked, liked, tallies = _contexts(
+        store.files("user_context", [ds], inputs["user_context"]),
+        names,
+        ids.items,
+        categories.numbers,
+        score,
+    )
     try:
         item_unit = codebook.unit(ids.codes)
         entries, sid_unit = _distinct(_column(files, "codes", order), codebook)
@@ -269,13 +298,14 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         user_log_odds=user_log_odds,
         disliked=disliked,
         liked=liked,
+        tallies=tallies,
         entries=entries,
         ranks=_column(files, "rank", order).to_numpy(),
         log_probs=_column(files, "log_prob", order).to_numpy(),
         because=_column(files, "because_item_id", order).dictionary_encode().combine_chunks(),
         reasons=_column(files, "reason_class", order).dictionary_encode().combine_chunks(),
         items=ids.index,
-        catalogue=Items(item_unit, categories).with_unknown(),
+        catalogue=Items(item_unit, categories.of_items).with_unknown(),
         item_log_odds=np.array([*(log_odds.get(item, prior) for item in ids.items), prior]),
         sid_unit=sid_unit,
     )
@@ -322,15 +352,21 @@ def _distinct(codes: pa.ChunkedArray, codebook: Codebook) -> tuple[np.ndarray, n
 
 
 def _contexts(
-    files: Sequence[str], listed: list[str], items: list[str], score: BlockScore
-) -> tuple[list[str], np.ndarray, History, History]:
-    """What `user_context` knows: other users than the listed, and log odds, dislikes and likes of all.
+    files: Sequence[str],
+    listed: list[str],
+    items: list[str],
+    category_numbers: dict[str, tuple[int, int]],
+    score: BlockScore,
+) -> tuple[list[str], np.ndarray, History, History, Tallies]:
+    """What `user_context` knows: other users than the listed; log odds, dislikes, likes and tallies of all.
 
     Rows are those of `Snapshot`: the listed users, the others, and one for a user who is not known.
     """
     if not files:
-        nothing = History(np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32))
-        return [], np.full(len(listed) + 1, score.prior_log_odds), nothing, nothing
+        starts, empty = np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32)
+        nothing = History(starts, empty)
+        no_tally = Tallies(starts, np.zeros((0, 2), np.int32), empty, empty)
+        return [], np.full(len(listed) + 1, score.prior_log_odds), nothing, nothing, no_tally
     users = _column(files, "user_id")
     row = pc.index_in(pa.array(listed, users.type), users)
     other = pc.indices_nonzero(pc.invert(pc.is_in(users, pa.array(listed, users.type))))
@@ -346,6 +382,7 @@ def _contexts(
         # Only the ids: the lists' times and reasons are most of their size.
         _history(_column(files, "negatives.list.element.item_id"), known, order),
         _history(_column(files, "positives.list.element.item_id"), known, order),
+        _tallies(_column(files, "categories"), category_numbers, order),
     )
 
 
@@ -358,6 +395,19 @@ def _history(lists: pa.ChunkedArray, known: pa.Array, order: pa.Array) -> Histor
     ordered = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), row.drop_null()).take(order)
     lengths = pc.list_value_length(ordered).fill_null(0)
     return History(_starts(lengths.to_numpy()), pc.list_flatten(ordered).to_numpy())
+
+
+def _tallies(lists: pa.ChunkedArray, numbers: dict[str, tuple[int, int]], order: pa.Array) -> Tallies:
+    """Lists of category counts in the given order; a category that no item has any more gets -1."""
+    ordered = lists.combine_chunks().take(order)
+    counts = pc.list_flatten(ordered)
+    paths = pc.struct_field(counts, "category").dictionary_encode()
+    of_path = np.array([numbers.get(path, (-1, -1)) for path in paths.dictionary.to_pylist()], np.int32)
+    negatives, positives = (
+        pc.struct_field(counts, name).to_numpy() for name in ("n_negatives", "n_positives")
+    )
+    starts = _starts(pc.list_value_length(ordered).fill_null(0).to_numpy())
+    return Tallies(starts, of_path.reshape(-1, 2)[paths.indices.to_numpy()], negatives, positives)
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -9,6 +9,6 @@ WITH sets AS (
   FROM {predicted}
   GROUP BY user_id
 )
-SELECT s.user_id, s.entries, c.negatives, c.positives, c.n_negatives, c.n_positives
+SELECT s.user_id, s.entries, c.negatives, c.positives, c.n_negatives, c.n_positives, c.categories
 FROM sets s
 JOIN {contexts} c ON s.user_id = c.user_id

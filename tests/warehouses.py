@@ -79,6 +79,19 @@ def score_row(score: BlockScore) -> dict[str, Any]:
     }
 
 
+def count_categories(context: Context, categories: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The column `categories` of a context whose lists are all there is."""
+    past = [(item, "n_negatives") for item in context.negatives]
+    past += [(item, "n_positives") for item in context.positives]
+    counts: dict[str, dict[str, Any]] = {}
+    for item, column in past:
+        path = categories.get(item)
+        if path:
+            row = counts.setdefault(path, {"category": path, "n_negatives": 0, "n_positives": 0})
+            row[column] += 1
+    return [counts[path] for path in sorted(counts)]
+
+
 def publish(
     root: Path,
     codebook_version: str,
@@ -132,6 +145,7 @@ def publish(
                 "positives": [{"item_id": item} for item in context.positives],
                 "n_negatives": context.n_negatives,
                 "n_positives": context.n_positives,
+                "categories": count_categories(context, categories or {}),
                 "bucket": len(user) % 2,
             }
             for user, context in (contexts or {}).items()

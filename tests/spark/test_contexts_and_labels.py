@@ -12,7 +12,7 @@ from jobs.anchors import before, last_dislike_anchors
 from jobs.future_feedback import future_feedback
 from jobs.item_rate import item_rate
 from jobs.training_next_negative import training_next_negative
-from jobs.user_context import user_context
+from jobs.user_context import user_context, with_categories
 from negrec_core.config import load_config
 from negrec_core.errors import MissingError
 
@@ -73,6 +73,33 @@ def test_a_context_is_the_newest_feedback_before_the_anchor(spark: Any, frame: A
         assert [(e["event_time"], e["item_id"]) for e in row["negatives"]] == negatives[:3]
         assert [(e["event_time"], e["item_id"]) for e in row["positives"]] == positives[:2]
         assert (row["n_negatives"], row["n_positives"]) == (len(negatives), len(positives))
+
+
+def test_categories_count_all_feedback_of_the_window(spark: Any, frame: Any) -> None:
+    rows, anchors = random_feedback(3), some_anchors(3)
+    paths = {f"i{n}": [None, "", "A/x", "A/y", "B"][n % 5] for n in range(14)}
+    items = spark.createDataFrame(list(paths.items()), "item_id string, category string")
+    # A list of two dislikes and one like is shorter than what is counted.
+    settings = load_config(settings=["context.max_negatives=2", "context.max_positives=1"]).context
+    feedback = frame("feedback", rows)
+    contexts = user_context(feedback, anchors_frame(spark, anchors), settings, 10)
+    found = with_categories(contexts, feedback, items, 10).toArrow().to_pylist()
+    assert len(found) == contexts.count()
+    of = dict(anchors)
+    counted = 0
+    for row in found:
+        anchor = of[row["user_id"]]
+        expected: dict[str, list[int]] = {}
+        for event in rows:
+            path = paths.get(event["item_id"])
+            recent = anchor - 10 * DAY <= event["event_time"] < anchor
+            if event["user_id"] == row["user_id"] and recent and path:
+                expected.setdefault(path, [0, 0])[event["polarity"] == 1] += 1
+        assert [(c["category"], [c["n_negatives"], c["n_positives"]]) for c in row["categories"]] == sorted(
+            expected.items()
+        )
+        counted += len(expected)
+    assert counted > 10
 
 
 @pytest.mark.parametrize("seed", [1, 2])

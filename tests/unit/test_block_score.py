@@ -11,6 +11,7 @@ from negrec_core.block_score import (
     KERNEL,
     BlockScore,
     Items,
+    Tally,
     curve,
     features,
     near,
@@ -35,8 +36,13 @@ def some_items(rng, n, dim, unknown=0):
     return items.with_unknown() if unknown else items
 
 
+def some_tally(rng, n):
+    """Counts of n categories, some of which share their numbers."""
+    return Tally(rng.integers(-1, 3, (n, 2)), rng.integers(0, 5, n), rng.integers(0, 5, n))
+
+
 def features_by_loop(
-    candidates, entries, log_probs, disliked, liked, item_log_odds, user_log_odds, prior, pseudo
+    candidates, entries, log_probs, disliked, liked, tally, item_log_odds, user_log_odds, prior, pseudo
 ):
     share = 1 / (1 + math.exp(-prior))
 
@@ -53,14 +59,18 @@ def features_by_loop(
         if not len(entries):
             similarity, affinity, total = 0.0, 0.0, 1.0
         history = [
-            math.log(0.1 + sum(math.exp(5 * (cosine(candidate, item) - 1)) for item in past.unit))
+            math.log(0.1 + sum(math.exp(5 * (cosine(candidate, item) - 1)) for item in past))
             for past in (disliked, liked)
         ]
         within = []
         for level, kind in enumerate(kinds):
             bad, good = (
-                sum(kind >= 0 and other[level] == kind for other in past.categories)
-                for past in (disliked, liked)
+                sum(
+                    count
+                    for other, count in zip(tally.categories, counts, strict=True)
+                    if kind >= 0 and other[level] == kind
+                )
+                for counts in (tally.negatives, tally.positives)
             )
             within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
         rows.append([similarity, affinity / total, *history, float(item), user_log_odds, *within])
@@ -70,13 +80,14 @@ def features_by_loop(
 sizes = st.integers(0, 6)
 
 
-@given(st.integers(0, 12), sizes, sizes, sizes, st.integers(0, 2**32 - 1))
-def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, seed):
+@given(st.integers(0, 12), sizes, sizes, sizes, sizes, st.integers(0, 2**32 - 1))
+def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, n_categories, seed):
     rng = np.random.default_rng(seed)
     candidates = some_items(rng, n, 5, unknown=1)
     entries, log_probs = unit_rows(rng, m, 5), -rng.exponential(3, m)
-    disliked, liked = some_items(rng, n_disliked, 5), some_items(rng, n_liked, 5)
-    inputs = (candidates, entries, log_probs, disliked, liked, rng.normal(size=n + 1), 0.7, -1.1, 5.0)
+    disliked, liked = unit_rows(rng, n_disliked, 5), unit_rows(rng, n_liked, 5)
+    known = (candidates, entries, log_probs, disliked, liked, some_tally(rng, n_categories))
+    inputs = (*known, rng.normal(size=n + 1), 0.7, -1.1, 5.0)
     ours = features(*inputs)
     np.testing.assert_allclose(ours, features_by_loop(*inputs), atol=1e-5)
     assert ours.shape == (n + 1, len(FEATURES))
@@ -85,8 +96,8 @@ def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, seed):
 
 def test_affinity_survives_tiny_probabilities():
     rng = np.random.default_rng(0)
-    candidates, entries, past = some_items(rng, 3, 4), unit_rows(rng, 2, 4), some_items(rng, 2, 4)
-    rest = (past, past, np.zeros(3), 0.0, -1.0, 5.0)
+    candidates, entries, past = some_items(rng, 3, 4), unit_rows(rng, 2, 4), unit_rows(rng, 2, 4)
+    rest = (past, past, some_tally(rng, 2), np.zeros(3), 0.0, -1.0, 5.0)
     far = features(candidates, entries, np.array([-1000.0, -1001.0]), *rest)
     close = features(candidates, entries, np.array([0.0, -1.0]), *rest)
     np.testing.assert_allclose(far, close)

@@ -124,7 +124,7 @@ def score_by_loop(user, item):
     ]
     for depth in (None, 1):
         bad, good = (
-            sum(past in ITEMS and item in ITEMS and same_category(past, item, depth) for past in items)
+            sum(item in ITEMS and same_category(past, item, depth) for past in items)
             for items in (context.negatives, context.positives)
         )
         parts.append(math.log((bad + 5 * prior) / (good + 5 * (1 - prior))))

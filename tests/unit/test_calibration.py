@@ -18,6 +18,10 @@ from negrec_core.semantic_ids import SemanticIds
 SETTINGS = load_config(environment={}).calibration
 TRUE = np.array([2.0, 1.0, 0.8, -0.8, 1.0, 0.5, 0.7, 0.4])
 CODEBOOK = small_codebook()
+PATHS = {"a/x": (0, 0), "a/y": (1, 0), "b": (2, 1)}
+CATEGORY_COUNT = pa.struct(
+    [("category", pa.string()), ("n_negatives", pa.int32()), ("n_positives", pa.int32())]
+)
 
 
 def calibration(n, seed=0):
@@ -112,10 +116,12 @@ def features_by_loop(label, predictions, contexts, rates, ids, categories, prior
     own_kinds = categories.get(label["item_id"], (-1, -1))
     within = []
     for level, kind in enumerate(own_kinds):
-        bad, good = (
-            sum(kind >= 0 and item in ids and categories[item][level] == kind for item in past)
-            for past in ((context["negatives"], context["positives"]) if context else ((), ()))
-        )
+        same = [
+            row
+            for row in (context["categories"] if context else [])
+            if kind >= 0 and PATHS.get(row["category"], (-1, -1))[level] == kind
+        ]
+        bad, good = (sum(row[column] for row in same) for column in ("n_negatives", "n_positives"))
         within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
     return [
         max(cosines, default=0.0),
@@ -139,6 +145,7 @@ def held_back(labels, predictions, contexts, rates, prior):
             ("positives", texts),
             ("n_negatives", count),
             ("n_positives", count),
+            ("categories", pa.list_(CATEGORY_COUNT)),
         ],
         "rates": [("item_id", text), ("log_odds", pa.float64())],
     }
@@ -179,6 +186,15 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
             "positives": rng.choice(names, rng.integers(5)).tolist(),
             "n_negatives": int(rng.integers(9)),
             "n_positives": int(rng.integers(9)),
+            "categories": [
+                {"category": str(path), "n_negatives": int(bad), "n_positives": int(good)}
+                for path, bad, good in zip(
+                    rng.permutation([*PATHS, "gone"])[:3],
+                    rng.integers(5, size=3),
+                    rng.integers(5, size=3),
+                    strict=True,
+                )
+            ],
         }
         for user in rng.permutation(users)[:n_contexts]
     ]
@@ -189,10 +205,10 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     known = SemanticIds(
         items, np.array([ids[item] for item in items], np.int32), {item: n for n, item in enumerate(items)}
     )
-    categories = {item: tuple(rng.integers(-1, 3, 2).tolist()) for item in items}
+    categories = {item: PATHS.get(str(rng.choice([*PATHS, "none"])), (-1, -1)) for item in items}
     kinds = np.array([categories[item] for item in items], np.int32)
     back = held_back(labels, predictions, contexts, rates, prior)
-    ours = _features_of(back, known, Items(CODEBOOK.unit(known.codes), kinds), CODEBOOK, pseudo)
+    ours = _features_of(back, known, Items(CODEBOOK.unit(known.codes), kinds), PATHS, CODEBOOK, pseudo)
 
     ordered = sorted(labels, key=lambda label: (label["user_id"], label["item_id"]))
     expected = [
