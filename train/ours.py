@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from negrec_core.artefacts import open_version
-from negrec_core.beam.torch_engine import TorchOptions, load
 from negrec_core.block_score import FEATURES
 from negrec_core.config import GenerationConfig
 from negrec_core.delta import DeltaStore
@@ -61,6 +60,9 @@ def generation_score(store: DeltaStore, models: Path, settings: GenerationConfig
     It is what beam search ranks by, for IDs that no beam reaches too. The generator is the one that made
     `negative_item_set`; -inf for items without an ID.
     """
+    # The report needs the names above, and not torch.
+    from negrec_core.beam.torch_engine import TorchOptions, load
+
     made = store.commit_of("negative_item_set", ds).provenance
     path, _ = open_version(models, GENERATOR, made.models[GENERATOR])
     prompt = PromptWriter.load(path)
