@@ -14,7 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
-from warehouses import PLAIN_SCORE, save_codebook, score_row, small_codebook, write_rows
+from warehouses import (
+    PLAIN_SCORE,
+    Context,
+    count_categories,
+    save_codebook,
+    score_row,
+    small_codebook,
+    write_rows,
+)
 
 from jobs import cli, daily
 from jobs.context import Warehouse
@@ -58,11 +66,13 @@ def day_tables(version: str, seed: int) -> dict[str, Rows]:
     for user in USERS:
         for rank, item in enumerate(some(SET_SIZE), 1):
             sets.append({"user_id": user, "rank": rank, "codes": ITEMS[item], "log_prob": -0.5 * rank})
+        known = Context(some(3), some(3))
         past = {
-            column: [{"item_id": i, "reason_class": "x"} for i in some(3)]
+            column: [{"item_id": item, "reason_class": "x"} for item in getattr(known, column)]
             for column in ("negatives", "positives")
         }
-        contexts.append({"user_id": user, **past, "n_negatives": 3, "n_positives": 9})
+        counts = count_categories(known, {item: category(item) for item in ITEMS})
+        contexts.append({"user_id": user, **past, "n_negatives": 3, "n_positives": 9, "categories": counts})
         # The last user likes something that is not in the log; one item has no ID and no category.
         page = [*some(12), "no such item"]
         shown += [{"user_id": user, "item_id": item, "action": "exposure"} for item in page]
