@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -32,6 +33,9 @@ def set_up_process(verbose: bool) -> None:
     # negrec shows its own progress.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Of trl only the trainers are used: not its vLLM client, and `rollout_func` knowingly.
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     level = logging.DEBUG if verbose else logging.INFO
     if errors.is_terminal:
         handler: logging.Handler = RichHandler(console=errors, show_path=False, show_level=False)
