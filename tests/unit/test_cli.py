@@ -103,6 +103,14 @@ WRONG = {
         ["backfill", "--start", "2026-02-01", "--end", "2026-02-01", "--stages", "feedback,none"],
         "stage none: unknown;",
     ),
+    "a step that is not in the curriculum": (
+        ["train", "alignment", "--until", "2026-02-01"],
+        "generator.steps has no alignment; it is warm_up",
+    ),
+    "an unknown step": (
+        ["--set", "generator.steps=[warm_up, ppo]", "train", "generator", "--until", "2026-02-01"],
+        "generator.steps.1:",
+    ),
     "a retention of no day": (["vacuum", "--days", "0"], "a retention of 0 days: give at least 1"),
     "an exemption of nobody": (["exempt", "add"], "exempt whom or what? give --user or --item"),
     "a world too small": (["world", "nowhere", "--items", "1"], "world: items is 1; choose 50"),
