@@ -16,16 +16,16 @@ from transformers import PreTrainedModel
 from negrec_core.beam.torch_engine import TorchBeamEngine
 from negrec_core.errors import ArtefactError, InputError
 from negrec_core.prompts import Event
-from train.samples import SampleWriter, load_samples
+from train.samples import Samples, SampleWriter, load_samples
 from train.steps import Outcome, Student, Task
-from train.warm_up import SidSamples, fit_sids
+from train.supervised import fine_tune
 
 TABLE = "training_alignment"
 # Merging adds the adapter's product to the weights: rounding may move a logit by this much of the largest.
 _MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def load(task: Task) -> SidSamples:
+def load(task: Task) -> Samples:
     """Samples of `training_alignment` of users that training may see.
 
     Raises:
@@ -41,10 +41,10 @@ def load(task: Task) -> SidSamples:
             f"table {TABLE}: ds={task.until} has no sample; lower generator.alignment.min_rejections or"
             " raise generator.alignment.prefix_levels, or leave alignment out of generator.steps"
         )
-    return SidSamples(samples, {TABLE: version})
+    return Samples(samples, {TABLE: version})
 
 
-def fit(task: Task, student: Student, samples: SidSamples, work: Path) -> Outcome:
+def fit(task: Task, student: Student, samples: Samples, work: Path) -> Outcome:
     """Train an adapter and the semantic-ID tokens, and merge them.
 
     Raises:
@@ -74,7 +74,7 @@ def fit(task: Task, student: Student, samples: SidSamples, work: Path) -> Outcom
         target_modules="all-linear",
         trainable_token_indices=tokens,
     )
-    outcome = fit_sids(task, student, samples, writer, settings, work, adapter)
+    outcome = fine_tune(task, student, samples, writer, settings, work, adapter=adapter)
     probe = writer([samples.rows[0]])
     merged = merge(outcome.model, probe["input_ids"])
     return Outcome(merged, outcome.curve, outcome.metrics)

@@ -7,7 +7,6 @@ ranks by: the softmax over legal codes alone.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from negrec_core.trie import Trie
 from train.checkpoints import SafeCheckpoints
 from train.likelihood import constrained_log_probs
 from train.rewards import Reward, Targets
-from train.samples import digest
+from train.samples import Samples
 from train.steps import Outcome, Student, Task, common_arguments, train
 
 TABLE = "training_grpo"
@@ -35,24 +34,13 @@ _MICROSECONDS_PER_DAY = 86_400_000_000
 _BEAMS_JUDGED = 10
 
 
-@dataclass(frozen=True)
-class FutureSamples:
-    """Contexts with what came after them.
-
-    Columns `sids`, `disliked`, `time` (microseconds) of the past; `anchor` (microseconds); `negatives`
-    and `positives`, semantic IDs of the horizon, the former with their Swing neighbours.
-    """
-
-    rows: Dataset
-    inputs: dict[str, int]
-
-    @property
-    def digest(self) -> str:
-        return digest(self.rows)
-
-
-def load(task: Task) -> FutureSamples:
+def load(task: Task) -> Samples:
     """Samples of `training_grpo` that hold a rejected item with a semantic ID.
+
+    Returns:
+        Contexts with what came after them: `sids`, `disliked` and `time` (microseconds) of the past;
+        `anchor` (microseconds); `negatives` and `positives`, the semantic IDs of the horizon, the
+        former with their Swing neighbours.
 
     Raises:
         MissingError: the table has no partition for the log date.
@@ -84,10 +72,10 @@ def load(task: Task) -> FutureSamples:
             f"table {TABLE}: ds={task.until} has no context with a whole horizon after it that holds a"
             " dislike; import more days, or leave grpo out of generator.steps"
         )
-    return FutureSamples(Dataset.from_list(rows), {TABLE: version})
+    return Samples(Dataset.from_list(rows), {TABLE: version})
 
 
-def fit(task: Task, student: Student, samples: FutureSamples, work: Path) -> Outcome:
+def fit(task: Task, student: Student, samples: Samples, work: Path) -> Outcome:
     """Run the stages one after the other; a stage that was finished before a kill is not run again."""
     settings = task.config.generator.grpo
     rows = samples.rows
@@ -140,7 +128,7 @@ def past(row: dict[str, Any], context: str, recent_days: int) -> list[Event]:
     """Events of a sample that a stage's prompt shows.
 
     Args:
-        row: of `FutureSamples`.
+        row: of `load`.
         context: `recent_negatives`, `negatives` or `both`.
         recent_days: dislikes of this many days before the anchor are recent.
     """

@@ -1,6 +1,7 @@
 """Training samples: stored as semantic IDs, written as tokens when they are seen, and their order."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,18 +58,25 @@ class LengthGroupedBatches(Sampler[int]):
             yield from batch.tolist()
 
 
-def digest(samples: Dataset) -> str:
-    """Digest of what samples hold, in their order."""
-    found = hashlib.sha256()
-    for column in sorted(samples.column_names):
-        found.update(column.encode())
-        for chunk in samples.data.column(column).chunks:
-            values = chunk
-            while pa.types.is_list(values.type):
-                found.update(values.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-                values = values.flatten()
-            found.update(values.to_numpy(zero_copy_only=False).tobytes())
-    return found.hexdigest()
+@dataclass(frozen=True)
+class Samples:
+    """What a step learns from.
+
+    Attributes:
+        rows: the samples.
+        inputs: Delta tables and versions they were read from.
+    """
+
+    rows: Dataset
+    inputs: dict[str, int]
+
+    @property
+    def digest(self) -> str:
+        """Digest of what the rows hold, in their order."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            found.update(json.dumps(row, sort_keys=True).encode())
+        return found.hexdigest()
 
 
 def load_samples(rows: pa.Table, sid_of_item: dict[str, int]) -> Dataset:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -86,20 +86,6 @@ class Student:
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         return cls(model, tokenizer, PromptWriter.load(path), digest)
-
-
-class Samples(Protocol):
-    """What a step learns from."""
-
-    @property
-    def digest(self) -> str:
-        """Digest of the content."""
-        ...
-
-    @property
-    def inputs(self) -> dict[str, int]:
-        """Delta tables and versions it was read from."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Translation: semantic ID to title, and title to semantic ID (DESIGN section 7, 1)."""
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +7,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from trl import SFTConfig
 
 from negrec_core.errors import InputError
 from negrec_core.items import load_items
 from train.likelihood import ConstrainedTrainer
 from train.models import load_prompt_text
-from train.samples import IGNORED, Written, padded
-from train.steps import Outcome, Student, Task, common_arguments, train
+from train.samples import IGNORED, Samples, Written, padded
+from train.steps import Outcome, Student, Task
+from train.supervised import fine_tune
 
 TABLE = "training_translation"
 TO_TITLE, TO_SID = "sid_to_title", "title_to_sid"
@@ -24,22 +22,7 @@ TO_TITLE, TO_SID = "sid_to_title", "title_to_sid"
 _TITLE_TOKENS = 24
 
 
-@dataclass(frozen=True)
-class TitleSamples:
-    """Rows `sid`, `title`, `to_title`, `length`."""
-
-    rows: Dataset
-    inputs: dict[str, int]
-
-    @property
-    def digest(self) -> str:
-        found = hashlib.sha256()
-        for row in self.rows:
-            found.update(f"{row['sid']} {row['to_title']} {row['title']}\n".encode())
-        return found.hexdigest()
-
-
-def load(task: Task) -> TitleSamples:
+def load(task: Task) -> Samples:
     """Pairs of `training_translation`, with the titles of `item`.
 
     Raises:
@@ -64,35 +47,14 @@ def load(task: Task) -> TitleSamples:
     ]
     if not rows:
         raise InputError(f"table {TABLE}: ds={task.until} has no item with a title and a semantic ID")
-    return TitleSamples(Dataset.from_list(rows), {TABLE: version, "item": items})
+    return Samples(Dataset.from_list(rows), {TABLE: version, "item": items})
 
 
-def fit(task: Task, student: Student, samples: TitleSamples, work: Path) -> Outcome:
+def fit(task: Task, student: Student, samples: Samples, work: Path) -> Outcome:
     """Fine-tune the model on both directions."""
     settings = task.config.generator.translation
-    trainer = _TranslationTrainer(
-        model=student.model,
-        args=SFTConfig(
-            **common_arguments(task, work),
-            num_train_epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
-        train_dataset=samples.rows,
-        data_collator=TitleWriter(task, student),
-        processing_class=student.tokenizer,
-        trie=task.trie,
-        vocabulary=student.prompt.vocabulary,
-    )
-    model, curve = train(trainer, task, work)
-    return Outcome(
-        model,
-        curve,
-        {"samples": len(samples.rows), "loss": curve[-1]["loss"] if curve else None},
-    )
+    writer = TitleWriter(task, student)
+    return fine_tune(task, student, samples, writer, settings, work, trainer_class=_TranslationTrainer)
 
 
 class TitleWriter:
