@@ -2,12 +2,15 @@
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from negrec_core.delta import DeltaStore
 
 # Set before any library reads them at import.
 os.environ.update(
@@ -51,3 +54,19 @@ def logging_left_alone() -> Iterator[None]:
     before = log.handlers, log.level, log.propagate
     yield
     log.handlers, log.level, log.propagate = before
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse with all tables, to be copied."""
+    root = tmp_path_factory.mktemp("fresh") / "warehouse"
+    DeltaStore(root).create_tables()
+    return root
+
+
+@pytest.fixture
+def store(fresh: Path, tmp_path: Path) -> DeltaStore:
+    """A warehouse with all tables, empty."""
+    root = tmp_path / "ware house"
+    shutil.copytree(fresh, root)
+    return DeltaStore(root)

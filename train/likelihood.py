@@ -72,12 +72,17 @@ def constrained_nll(
     return -(weight * constrained_log_probs(rows, ids, trie, vocabulary)[0]).sum()
 
 
-class SumTrainer(SafeCheckpoints, SFTTrainer):
-    """The stock trainer, minimising `total_loss` over the batch's weights."""
+class ConstrainedTrainer(SafeCheckpoints, SFTTrainer):
+    """The stock trainer, minimising `total_loss` over the sum of the weights."""
+
+    def __init__(self, *args: Any, trie: Trie, vocabulary: SidVocabulary, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trie = trie
+        self._sid_vocabulary = vocabulary
 
     def total_loss(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Sum of the losses of a batch's labelled tokens, each times its weight."""
-        raise NotImplementedError
+        """Sum of the losses of a batch's labelled tokens, each times its weight: `constrained_nll`."""
+        return constrained_nll(logits, inputs["labels"], inputs["weights"], self._trie, self._sid_vocabulary)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -95,16 +100,3 @@ class SumTrainer(SafeCheckpoints, SFTTrainer):
         dataset: Any = train_dataset or self.train_dataset
         lengths = np.asarray(dataset["length"])
         return LengthGroupedBatches(lengths, self.args.train_batch_size, self.args.seed)
-
-
-class ConstrainedTrainer(SumTrainer):
-    """Minimises the weighted mean of `constrained_nll`."""
-
-    def __init__(self, *args: Any, trie: Trie, vocabulary: SidVocabulary, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._trie = trie
-        self._sid_vocabulary = vocabulary
-
-    def total_loss(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """`constrained_nll` of the batch."""
-        return constrained_nll(logits, inputs["labels"], inputs["weights"], self._trie, self._sid_vocabulary)

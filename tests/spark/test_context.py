@@ -1,7 +1,6 @@
 """Spark writes, delta-rs commits, Spark and pyarrow read: the same rows; and what is refused."""
 
 import datetime as dt
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,21 +29,6 @@ Frame = Callable[..., DataFrame]
 TABLE = "user_context"
 D1, D2, D3 = "2026-03-01", "2026-03-02", "2026-03-03"
 NOTHING = Provenance()
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A warehouse with all tables, to be copied."""
-    root = tmp_path_factory.mktemp("fresh") / "warehouse"
-    DeltaStore(root).create_tables()
-    return root
-
-
-@pytest.fixture
-def store(fresh: Path, tmp_path: Path) -> DeltaStore:
-    root = tmp_path / "ware house"
-    shutil.copytree(fresh, root)
-    return DeltaStore(root)
 
 
 def at(*parts: int) -> dt.datetime:

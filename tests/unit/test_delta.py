@@ -78,21 +78,6 @@ def log_actions(store: DeltaStore, table: str) -> list[dict[str, Any]]:
     return [json.loads(line) for file in log for line in file.read_text().splitlines()]
 
 
-@pytest.fixture(scope="session")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A warehouse with all tables, to be copied."""
-    root = tmp_path_factory.mktemp("fresh") / "warehouse"
-    DeltaStore(root).create_tables()
-    return root
-
-
-@pytest.fixture
-def store(fresh: Path, tmp_path: Path) -> DeltaStore:
-    root = tmp_path / "warehouse"
-    shutil.copytree(fresh, root)
-    return DeltaStore(root)
-
-
 # --- reading and writing ------------------------------------------------------
 
 

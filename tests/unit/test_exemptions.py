@@ -15,20 +15,6 @@ from negrec_core.errors import ConflictError, MissingError
 from negrec_core.exemptions import Exemptions, end_exemption, exempt, load_exemptions
 from negrec_core.schemas import EXEMPTION
 
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("fresh") / "warehouse"
-    DeltaStore(root).create_tables()
-    return root
-
-
-@pytest.fixture
-def store(fresh: Path, tmp_path: Path) -> DeltaStore:
-    shutil.copytree(fresh, tmp_path / "warehouse")
-    return DeltaStore(tmp_path / "warehouse")
-
-
 names = st.sets(st.sampled_from(["a", "b", "é 7", "user"]))
 
 

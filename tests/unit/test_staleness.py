@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from warehouses import write_rows
@@ -21,19 +20,6 @@ READS = {
     "block_list": [("user_context", 0, 0), ("item_graph", 0, 0)],
 }
 TABLES = ["behavior_log", *READS]
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("fresh") / "warehouse"
-    DeltaStore(root).create_tables()
-    return root
-
-
-@pytest.fixture
-def store(fresh: Path, tmp_path: Path) -> DeltaStore:
-    shutil.copytree(fresh, tmp_path / "warehouse")
-    return DeltaStore(tmp_path / "warehouse")
 
 
 def make(store: DeltaStore, table: str, *days: str) -> None:

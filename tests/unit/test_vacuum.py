@@ -26,19 +26,6 @@ TABLE, SHARDS, SETS = "user_profile", "negative_item_set_shard", "negative_item_
 NOW = dt.datetime.now(dt.UTC)
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("fresh") / "warehouse"
-    DeltaStore(root).create_tables()
-    return root
-
-
-@pytest.fixture
-def store(fresh: Path, tmp_path: Path) -> DeltaStore:
-    shutil.copytree(fresh, tmp_path / "ware house")
-    return DeltaStore(tmp_path / "ware house")
-
-
 def later(days: float) -> dt.datetime:
     """So many days from now: everything there is is that much older."""
     return dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
