@@ -91,7 +91,8 @@ class JobContext:
         self._inputs[table] = max(version, self._inputs.get(table, 0))
         if days:
             self._use_window(table, min(days), max(days))
-        return read_files(self.spark, self.store, table, self.store.files(table, days, version))
+        files = self.store.files(table, days, version, check=True)
+        return read_files(self.spark, self.store, table, files)
 
     def read_window(self, table: str, start: dt.date | None = None) -> "DataFrame":
         """The partitions of a table from `start` (default: the feedback window) to `ds`.

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from jobs.context import Warehouse
 from jobs.spark import check_java
 from negrec_core.artefacts import MANIFEST, list_versions, open_version
+from negrec_core.delta_files import MEND_FILE, size_problem
 from negrec_core.errors import ConfigError, InputError, MissingError, NegrecError
 from negrec_core.generator import CODEBOOK, GENERATOR, open_generator
 from negrec_core.resources import resource
@@ -245,17 +246,13 @@ def _table(warehouse: Warehouse, name: str) -> str:
     for path, action in files.items():
         file = Path(path)
         where = f"{file.relative_to(warehouse.store.path(name))} of ds={action['partition.ds']}"
-        mend = "restore the file, or make that day again with --force"
-        if not file.is_file():
-            raise InputError(f"{where} is gone; {mend}")
-        if file.stat().st_size != action["size_bytes"]:
-            raise InputError(
-                f"{where} has {file.stat().st_size:,} bytes, not {action['size_bytes']:,}; {mend}"
-            )
+        problem = size_problem(file, action["size_bytes"])
+        if problem:
+            raise InputError(f"{where} {problem}; {MEND_FILE}")
         if action["partition.ds"] == newest:
             try:
                 pq.read_metadata(file)
             except (OSError, pa.ArrowException):
-                raise InputError(f"{where} is not a whole Parquet file; {mend}") from None
+                raise InputError(f"{where} is not a whole Parquet file; {MEND_FILE}") from None
     days = len({action["partition.ds"] for action in actions})
     return f"newest day {newest}, {days} days in {len(actions)} files"

@@ -27,7 +27,7 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from negrec_core.delta_files import check_schema, checked_files
+from negrec_core.delta_files import MEND_FILE, check_schema, checked_files, size_problem
 from negrec_core.errors import ConfigError, ConflictError, InputError, MissingError, NegrecError
 from negrec_core.schemas import TABLES, Table
 
@@ -189,17 +189,35 @@ class DeltaStore:
         dataset = self.handle(table, version).to_pyarrow_dataset()
         return dataset.to_table(columns=None if columns is None else list(columns), filter=wanted)
 
-    def files(self, table: str, days: Iterable[str] | None = None, version: int | None = None) -> list[str]:
-        """Absolute paths of the live data files of the given `ds` partitions (all by default)."""
+    def files(
+        self,
+        table: str,
+        days: Iterable[str] | None = None,
+        version: int | None = None,
+        *,
+        check: bool = False,
+    ) -> list[str]:
+        """Absolute paths of the live data files of the given `ds` partitions (all by default).
+
+        Raises:
+            InputError: `check` is set, and one of them is gone or has not the size that it was committed
+                with. Spark says so late and at length, and takes an empty file for no rows.
+        """
         wanted = None if days is None else set(days)
         actions = pa.table(self.handle(table, version).get_add_actions(flatten=True))
         if not actions.num_rows:  # then there is no column partition.ds either
             return []
-        return [
-            str(self.path(table) / urllib.parse.unquote(path))
-            for path, ds in zip(actions["path"].to_pylist(), actions["partition.ds"].to_pylist(), strict=True)
-            if wanted is None or ds in wanted
-        ]
+        columns = (actions[name].to_pylist() for name in ("path", "partition.ds", "size_bytes"))
+        found = []
+        for path, ds, size in zip(*columns, strict=True):
+            if wanted is not None and ds not in wanted:
+                continue
+            file = self.path(table) / urllib.parse.unquote(path)
+            problem = size_problem(file, size) if check else None
+            if problem:
+                raise InputError(f"table {table}: {path} of ds={ds} {problem}; {MEND_FILE}")
+            found.append(str(file))
+        return found
 
     def commits(self, table: str, limit: int | None = None) -> list[Commit]:
         """Commits of day partitions, newest first, among the last `limit` entries of the log."""

@@ -17,6 +17,8 @@ from deltalake.transaction import AddAction
 from negrec_core.errors import InputError
 from negrec_core.schemas import Table
 
+MEND_FILE = "restore the file, or make that day again with --force"
+
 
 def checked_files(declared: Table, root: Path, run: Path, days: Collection[str]) -> list[AddAction]:
     """Add actions of all data files of a run directory, with their numbers of rows.
@@ -65,6 +67,15 @@ def check_schema(table: str, where: str, found: pa.Schema, declared: pa.Schema) 
         different = [f"its columns are {', '.join(found.names)}, not {', '.join(want)}"]
     if different:
         raise InputError(f"table {table}: {where}: {'; '.join(different)}")
+
+
+def size_problem(file: Path, size: int) -> str | None:
+    """What is wrong with a data file that the log says has so many bytes; None: nothing."""
+    try:
+        found = file.stat().st_size
+    except FileNotFoundError:
+        return "is gone"
+    return None if found == size else f"has {found:,} bytes, not {size:,}"
 
 
 def _add_action(declared: Table, root: Path, file: Path, days: Collection[str]) -> AddAction:

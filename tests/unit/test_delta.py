@@ -367,6 +367,29 @@ def test_a_run_directory_that_is_not_there_is_no_empty_output(store: DeltaStore)
     assert users(store) == {D1: ["old"]}
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), r"has [\d,]+ bytes, not [\d,]+"),
+        (lambda file: file.write_bytes(b""), r"has 0 bytes, not [\d,]+"),
+        (lambda file: file.unlink(), "is gone"),
+    ],
+    ids=["cut", "empty", "lost"],
+)
+def test_a_file_that_is_not_as_committed_is_one_clear_line(
+    store: DeltaStore, damage: Callable[[Path], object], said: str
+) -> None:
+    for day in (D1, D2):
+        store.write_arrow(DAY, profiles(day, "a"), {day: 1}, NOTHING)
+    (file,) = store.files(DAY, [D1], check=True)
+    damage(Path(file))
+    with pytest.raises(InputError, match=rf"table {DAY}: run=.*parquet of ds={D1} {said}; restore") as raised:
+        store.files(DAY, check=True)
+    assert str(raised.value).isprintable()
+    assert store.files(DAY, [D2], check=True)
+    assert file in store.files(DAY)
+
+
 def test_marks_and_failed_attempts_of_spark_are_no_data(store: DeltaStore) -> None:
     run = spread(store, DAY, profiles(D1, "a"))
     (file,) = run.rglob("*.parquet")
