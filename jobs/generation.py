@@ -1,6 +1,7 @@
 """Batched beam search in Spark executors: contexts -> predicted semantic IDs (DESIGN section 6)."""
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
 
 if TYPE_CHECKING:
+    from pyspark.accumulators import Accumulator
     from pyspark.sql import DataFrame
 
 _SCHEMA = (
@@ -79,12 +81,15 @@ def generation_task(
     )
 
 
-def generate(contexts: "DataFrame", task: GenerationTask) -> "DataFrame":
-    """Predicted semantic IDs of every context row: columns of `negative_item_set`.
+def generate(
+    contexts: "DataFrame", task: GenerationTask, seconds: "Accumulator[float] | None" = None
+) -> "DataFrame":
+    """Predicted semantic IDs of every context row, as in `negative_item_set`.
 
     Args:
         contexts: (user_id, negatives, positives), one row per user.
         task: what to generate with.
+        seconds: if given, what the engines take is added here.
     """
     spark = contexts.sparkSession
     # Rows of one Arrow batch are one call of the engine.
@@ -93,7 +98,12 @@ def generate(contexts: "DataFrame", task: GenerationTask) -> "DataFrame":
     def predict(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             if batch.num_rows:
-                yield predict_batch(batch, _load(task), task)
+                loaded = _load(task)
+                begin = time.monotonic()
+                rows = predict_batch(batch, loaded, task)
+                if seconds is not None:
+                    seconds.add(time.monotonic() - begin)
+                yield rows
 
     # Evenly sized partitions, no more than engines may run at once.
     spread = contexts.select("user_id", "negatives", "positives").repartition(task.settings.parallelism)

@@ -202,6 +202,10 @@ class GenerationConfig(_Model):
     batch_users: Positive = Field(description="users in one call of the engine")
     parallelism: Positive = Field(description="engines at once, one executor process each")
     engine_options: dict[str, Any] = Field(description="passed to the engine as they are")
+    carry_over: bool = Field(
+        description="users whose prompt is that of the newest earlier run keep its set; false: all are"
+        " generated"
+    )
 
     @field_validator("set_size")
     @classmethod

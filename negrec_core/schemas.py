@@ -279,6 +279,11 @@ _SET_COLUMNS = (
     _column("log_prob", pa.float32(), "log-probability among legal IDs"),
     _column("codebook_version", pa.string(), "codebook of the codes"),
     _column("model_version", pa.string(), "generator that predicted it"),
+    _column(
+        "carried_from",
+        pa.string(),
+        "ds it was generated on, where the user's prompt has been the same since; null: on this ds",
+    ),
 )
 
 NEGATIVE_ITEM_SET = _table(
