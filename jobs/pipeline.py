@@ -14,7 +14,7 @@ from jobs import feedback
 from jobs.context import JobContext, Warehouse, log
 from jobs.gates import check_acceptable
 from jobs.staleness import Stale, stale_partitions
-from negrec_core.errors import ConfigError, NegrecError
+from negrec_core.errors import ConfigError, ConflictError, NegrecError
 from negrec_core.progress import Progress, silent
 
 # Every stage is the module jobs.<name> and writes the table <name>.
@@ -72,6 +72,8 @@ def run_day(
 ) -> list[StageResult]:
     """Run stages for one log date, in pipeline order; those already committed are not run again.
 
+    A stage that another run commits meanwhile counts as committed, unless it is forced.
+
     Args:
         warehouse: where to run.
         ds: log date, ISO.
@@ -93,7 +95,13 @@ def run_day(
             continue
         begin = time.monotonic()
         progress = (reporter or Quiet()).stage(name, ds)
-        run_stage(name, JobContext(warehouse, ds, revision + 1, progress, accept))
+        try:
+            run_stage(name, JobContext(warehouse, ds, revision + 1, progress, accept))
+        except ConflictError:
+            if force or not _overtaken(warehouse, name, [ds], revision + 1):
+                raise
+            results.append(StageResult(name, ds, revision + 1, False, time.monotonic() - begin))
+            continue
         seconds = time.monotonic() - begin
         log.info("%s ds=%s: revision %d in %.1f s", name, ds, revision + 1, seconds)
         results.append(StageResult(name, ds, revision + 1, True, seconds))
@@ -127,7 +135,14 @@ def run_range(
             begin = time.monotonic()
             progress = shown.stage("feedback", f"{missing[0]}..{missing[-1]}")
             ctx = JobContext(warehouse, missing[-1], revision, progress)
-            _guarded(functools.partial(feedback.run_days, ctx, missing))
+            try:
+                _guarded(functools.partial(feedback.run_days, ctx, missing))
+            except ConflictError:
+                if force or not _overtaken(warehouse, "feedback", missing, revision):
+                    raise
+                # The days that are left, of which there are fewer.
+                results += run_range(warehouse, missing, ["feedback"], reporter=reporter)
+                continue
             seconds = time.monotonic() - begin
             log.info("feedback: %d days in %.1f s", len(missing), seconds)
             each = seconds / len(missing)
@@ -164,6 +179,14 @@ def run_stale(
         if table != "feedback":
             results += run_day(warehouse, ds, [table], True, reporter)
     return results
+
+
+def _overtaken(warehouse: Warehouse, stage: str, days: Sequence[str], revision: int) -> bool:
+    """Whether another run has committed one of the days at this revision."""
+    done = [day for day in days if warehouse.store.revision(stage, day) >= revision]
+    if done:
+        log.info("%s ds=%s: another run committed it meanwhile", stage, ", ".join(done))
+    return bool(done)
 
 
 def _in_order(stages: Sequence[str]) -> list[str]:
