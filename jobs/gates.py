@@ -13,7 +13,7 @@ from negrec_core.errors import ConfigError, GateError
 from negrec_core.schemas import GATE
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import DataFrame, Row
 
 # A list with an illegal ID could not be loaded by a reader, so that gate cannot be overridden.
 ILLEGAL = "illegal_ids"
@@ -179,20 +179,27 @@ def _entries_per_user(entries: "DataFrame", n_users: int, ctx: JobContext) -> Ga
     )
 
 
-def _blocked(
+def blocked_by_category(
     ctx: JobContext, judged_by_list: Callable[["DataFrame"], "DataFrame"], n_users: int
-) -> Iterator[Gate]:
-    """What the list would do to the likes and the exposures of the last day."""
+) -> "list[Row]":
+    """What a list would do to the exposures and likes of `ds` of about `gates.max_users` users.
+
+    Args:
+        ctx: the day.
+        judged_by_list: (user_id, item_id, liked) -> (item_id, liked, blocked) by the list.
+        n_users: users who have a list.
+
+    Returns:
+        Per top category, None for items without one: category, n (exposures, likes among them), blocked,
+        likes, likes_blocked.
+    """
     from pyspark.sql import functions as F
 
-    limits = ctx.config.gates
-    share = min(1.0, limits.max_users / max(n_users, 1))
     shown = _day(ctx, "behavior_log").select("user_id", "item_id").distinct()
     liked = _day(ctx, "feedback").where("polarity = 1").select("user_id", "item_id").distinct()
+    exposures = shown.withColumn("liked", F.lit(False)).unionByName(liked.withColumn("liked", F.lit(True)))
     exposures = (
-        shown.withColumn("liked", F.lit(False))
-        .unionByName(liked.withColumn("liked", F.lit(True)))
-        .where(_sampled(F.col("user_id"), share))
+        of_some_users(ctx, exposures, n_users)
         .groupBy("user_id", "item_id")
         .agg(F.max("liked").alias("liked"))
     )
@@ -200,7 +207,7 @@ def _blocked(
     days = [day for day in ctx.store.days("item") if day <= ctx.ds]
     items = read_files(ctx.spark, ctx.store, "item", ctx.store.files("item", days))
     categories = items.groupBy("item_id").agg(F.max_by(top, "ds").alias("category"))
-    counts = (
+    counted: list[Row] = (
         judged_by_list(exposures)
         .join(categories, "item_id", "left")
         .groupBy("category")
@@ -212,6 +219,15 @@ def _blocked(
         )
         .collect()
     )
+    return counted
+
+
+def _blocked(
+    ctx: JobContext, judged_by_list: Callable[["DataFrame"], "DataFrame"], n_users: int
+) -> Iterator[Gate]:
+    """What the list would do to the likes and the exposures of the last day."""
+    limits = ctx.config.gates
+    counts = blocked_by_category(ctx, judged_by_list, n_users)
     likes, likes_blocked = (sum(row[name] for row in counts) for name in ("likes", "likes_blocked"))
     yield Gate(
         "likes_blocked",
@@ -237,7 +253,10 @@ def _day(ctx: JobContext, table: str) -> "DataFrame":
     return read_files(ctx.spark, ctx.store, table, ctx.store.files(table, [ctx.ds]))
 
 
-def _sampled(user_id: "Column", share: float) -> "Column":
+def of_some_users(ctx: JobContext, rows: "DataFrame", n_users: int) -> "DataFrame":
+    """Rows of about `gates.max_users` of `n_users` users, chosen by hash."""
     from pyspark.sql import functions as F
 
-    return F.pmod(F.xxhash64(F.lit("gates"), user_id), F.lit(1_000_000)) < round(share * 1_000_000)
+    share = min(1.0, ctx.config.gates.max_users / max(n_users, 1))
+    place = F.pmod(F.xxhash64(F.lit("gates"), F.col("user_id")), F.lit(1_000_000))
+    return rows.where(place < round(share * 1_000_000))
