@@ -413,6 +413,24 @@ def evaluate(
 
 
 @app.command()
+def report(
+    ctx: typer.Context,
+    ds: Day,
+    out: Annotated[Path, typer.Option(help="The page to write, as X.html.")],
+) -> None:
+    """Write a page with plots of a log date: log, labels, codebook, scores, gates, drift, some users.
+
+    One file that needs no network and no script. What the day lacks is said in its place.
+    """
+    from jobs.report import write_report
+
+    warehouse = ctx.obj.open()
+    with reporting() as reporter:
+        write_report(warehouse, _iso(ds), out, reporter.stage("report", ds))
+    console.print(f"report of {_iso(ds)}: {out}", soft_wrap=True, markup=False)
+
+
+@app.command()
 def status(ctx: typer.Context) -> None:
     """Show which tables hold which days at which revision, and which models there are."""
     views.show_status(ctx.obj.open())

@@ -139,6 +139,7 @@ COMMANDS_ON_TABLES = (
     ("run", "--ds", "2026-02-01"),
     ("backfill", "--start", "2026-02-01", "--end", "2026-02-01"),
     ("evaluate", "--ds", "2026-02-01"),
+    ("report", "--ds", "2026-02-01", "--out", "report.html"),
     ("inspect", "u"),
     ("filter", "u", "i"),
     ("anchors", "--ds", "2026-02-01"),
