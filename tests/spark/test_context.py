@@ -53,6 +53,7 @@ CONTEXTS: list[dict[str, Any]] = [
         "positives": [],
         "n_negatives": 4,
         "n_positives": 0,
+        "categories": [{"category": "Ä/b", "n_negatives": 4, "n_positives": None}, None],
     },
     {
         "user_id": "u2",
@@ -61,6 +62,7 @@ CONTEXTS: list[dict[str, Any]] = [
         "positives": [event("", at(2026, 3, 1))],
         "n_negatives": None,
         "n_positives": -(2**31),
+        "categories": [],
     },
     {
         "user_id": "",
@@ -69,6 +71,7 @@ CONTEXTS: list[dict[str, Any]] = [
         "positives": None,
         "n_negatives": 2**31 - 1,
         "n_positives": 1,
+        "categories": None,
     },
 ]
 

@@ -17,7 +17,7 @@ from warehouses import DS, Entry, publish, save_codebook, small_codebook, write_
 
 from negrec_core.config import load_config
 from negrec_core.errors import MissingError
-from train.baselines import Known, judged
+from train.baselines import Known
 from train.evaluate import evaluate
 from train.sequential import MODELS, Probabilities, export, fit, sequential_baselines
 
@@ -193,12 +193,12 @@ json.dump({"chosen": best, "rows": 3, "valid": 2}, open("report.json", "w"))
 def test_every_model_is_fitted_on_dislikes_and_on_both(tmp_path):
     python = stand_in(tmp_path / "python", UNIFORM)
     known = known_of(EVENTS)
-    exposures = judged(known_of([("u", "c", 9, -1), ("x", "a", 9, 1)]).past)
-    found = sequential_baselines(known, exposures, ["u", "v"], 1, python)
+    pairs = pd.DataFrame({"user_id": ["u", "v"], "item_id": ["c", "a"]})
+    found = sequential_baselines(known, ["u", "v"], 1, python)
     assert list(found) == [f"{m}, {p}" for p in ("dislikes", "both") for m in MODELS]
     for name, method in found.items():
         wanted = [0, 0] if "both" in name else -np.log([3, 1])
-        np.testing.assert_allclose(method.scores, wanted, atol=1e-6)
+        np.testing.assert_allclose(method.score(pairs), wanted, atol=1e-6)
         # u has disliked a and b already, v only a.
         assert {user: leaves.tolist() for user, leaves in method.sets.items()} == {"u": [2], "v": [1, 2]}
 
@@ -240,6 +240,7 @@ def test_nothing_at_or_after_the_anchor_is_exported(tmp_path):
             by_day[(end + after).date().isoformat()].append(row)
         for day, rows in by_day.items():
             write_rows(store, "feedback", rows, day)
+        write_rows(store, "negative_item_set", [], DS)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KEPT", str(tmp_path / f"{name} export"))
             evaluate(root, load_config([], [], {}), DS, seed=1, sequential=python)
