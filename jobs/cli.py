@@ -534,7 +534,8 @@ def demo(
         step(f"inspect {user}", inspect, ctx, user)
     console.print(
         f"\nthe block list is the Delta table {root / 'tables' / 'block_list'}; look around with"
-        f" `negrec --warehouse {root} --config demo status`",
+        f" `negrec --warehouse {root} --config demo status`, or at plots of the day with"
+        f" `negrec --warehouse {root} --config demo report --ds {ds} --out report.html`",
         soft_wrap=True,
     )
 

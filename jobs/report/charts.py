@@ -4,6 +4,7 @@ All are drawn 360 units wide, about the width of a telephone, so that text stays
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -216,9 +217,10 @@ def round_ticks(low: float, high: float, most: int) -> list[float]:
 
     Steps are 1, 2 or 5 times a power of ten.
     """
-    if high <= low:
-        return [low]
     rough = (high - low) / most
+    # Below the smallest normal number there is no power of ten to round to.
+    if rough < sys.float_info.min:
+        return [low]
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)

@@ -115,7 +115,7 @@ def list_before(ctx: JobContext) -> str | None:
 
 
 def gate_rows(ctx: JobContext) -> dict[str, list[dict[str, Any]]]:
-    """The gates of the last days up to `ds`, of the newest revision judged on each, and how many there were.
+    """The gates of the last days up to `ds`, of the newest revision judged on each.
 
     Raises:
         MissingError: none judged a list of `ds`.
@@ -153,23 +153,14 @@ def daily_log(ctx: JobContext) -> list[dict[str, Any]]:
 
 
 def daily_lists(ctx: JobContext) -> list[dict[str, Any]]:
-    """Per list of the last 28 days up to `ds`: day, users, entries, mean score."""
+    """Per list of the last 28 days up to `ds`: day, users, mean score."""
     from pyspark.sql import functions as F
 
-    days = _last_days(ctx, "block_list")
-    rows = (
-        ctx.read("block_list", days)
-        .groupBy("ds")
-        .agg(
-            F.countDistinct("user_id").alias("users"),
-            F.count("*").alias("entries"),
-            F.avg("score").alias("score"),
-        )
-    )
-    return [
-        {"day": r["ds"], **{k: r[k] for k in ("users", "entries", "score")}}
-        for r in rows.orderBy("ds").collect()
-    ]
+    lists = ctx.read("block_list", _last_days(ctx, "block_list")).groupBy("ds")
+    # Every user has a first entry: counting those needs no shuffle of four weeks of lists.
+    users = F.count_if(F.col("rank") == 1).alias("users")
+    rows = lists.agg(users, F.avg("score").alias("score")).orderBy("ds").collect()
+    return [{"day": row["ds"], "users": row["users"], "score": row["score"]} for row in rows]
 
 
 def _last_days(ctx: JobContext, table: str) -> list[str]:
@@ -227,15 +218,10 @@ def score_row(ctx: JobContext) -> dict[str, Any]:
     return row
 
 
-Judge = Callable[["DataFrame"], "DataFrame"]
+def made_from(ctx: JobContext) -> tuple["DataFrame", "DataFrame", BlockListTask]:
+    """What the published list was made from: its `negative_item_set`, its `user_context`, and the rest.
 
-
-def judge_of_list(ctx: JobContext, of_users: Callable[["DataFrame"], "DataFrame"]) -> Judge:
-    """(user_id, item_id, liked) -> (item_id, liked, blocked) by the published list, at its tables' versions.
-
-    Args:
-        ctx: the day.
-        of_users: leaves those rows of `negative_item_set` that are asked about.
+    At the versions that its commit names, so that what it blocks is what it blocked when it was published.
     """
     require(ctx, "block_list")
     made = ctx.store.commit_of("block_list", ctx.ds).provenance
@@ -254,8 +240,20 @@ def judge_of_list(ctx: JobContext, of_users: Callable[["DataFrame"], "DataFrame"
         read_files(ctx.spark, ctx.store, table, ctx.store.files(table, [ctx.ds], made.inputs.get(table)))
         for table in ("negative_item_set", "user_context")
     )
-    rows = run_sql(ctx.spark, "block_list", {"predicted": of_users(predicted), "contexts": contexts})
-    return lambda exposures: judged_exposures(rows, exposures, task)
+    return predicted, contexts, task
+
+
+def judge_of_list(ctx: JobContext) -> Callable[["DataFrame"], "DataFrame"]:
+    """(user_id, item_id, liked) -> (item_id, liked, blocked) by the published list."""
+    predicted, contexts, task = made_from(ctx)
+
+    def judged(exposures: "DataFrame") -> "DataFrame":
+        # Before the sets are gathered: the users judged are few where there are many.
+        shown = exposures.select("user_id").distinct()
+        frames = {"predicted": predicted.join(shown, "user_id", "left_semi"), "contexts": contexts}
+        return judged_exposures(run_sql(ctx.spark, "block_list", frames), exposures, task)
+
+    return judged
 
 
 def category_figures(ctx: JobContext, n_users: int) -> list[dict[str, Any]]:
@@ -263,9 +261,7 @@ def category_figures(ctx: JobContext, n_users: int) -> list[dict[str, Any]]:
 
     They are what the gates look at: the exposures and likes of about `gates.max_users` users.
     """
-    counts = [
-        row.asDict() for row in blocked_by_category(ctx, judge_of_list(ctx, lambda rows: rows), n_users)
-    ]
+    counts = [row.asDict() for row in blocked_by_category(ctx, judge_of_list(ctx), n_users)]
     if not counts:
         raise MissingError(f"table behavior_log: nothing was shown on ds={ctx.ds}")
     return sorted(counts, key=lambda row: (-row["n"], row["category"] or ""))
@@ -318,7 +314,7 @@ def outcome(ctx: JobContext, n_users: int) -> Outcome:
     after = feedback_after(ctx).withColumn("liked", F.col("polarity") > 0)
     listed = ctx.read("block_list", [ctx.ds]).select("user_id").distinct()
     given = of_some_users(ctx, after.select("user_id", "item_id", "liked").distinct(), n_users)
-    judged = judge_of_list(ctx, lambda rows: rows)(given.join(listed, "user_id", "left_semi"))
+    judged = judge_of_list(ctx)(given.join(listed, "user_id", "left_semi"))
     counts = {
         "dislikes": ~F.col("liked"),
         "dislikes_blocked": ~F.col("liked") & F.col("blocked"),

@@ -55,7 +55,7 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], 
         "table", el("caption", caption), el("thead", el("tr", *head)), el("tbody", *body), class_="data"
     )
     # Wide tables scroll by themselves; reachable by keyboard.
-    return el("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    return el("div", whole, class_="scroll", tabindex="0", role="group", aria_label=caption)
 
 
 def figure(name: str, title: str, caption: str, plot: Element, figures: Element) -> Element:

@@ -123,7 +123,8 @@ def _gates(report: Report) -> Parts:
     failed = sum(verdict == "failed" for verdict in verdicts)
     said = f"{failed} of {len(rows)} failed" if failed else f"all {len(rows)} passed or were accepted"
     caption = (
-        f"Each gate's value against its limit, the dashed line; {said}. Every gate has a scale of its own."
+        f"Each gate's value against its limit, the dashed line, for revision {rows[0]['revision']} of the"
+        f" list; {said}. Every gate has a scale of its own."
     )
     yield figure("plot-gates", "Gates against their limits", caption, charts.bars(plotted), whole)
 

@@ -1,11 +1,13 @@
 """A sample of users: what they disliked, what is predicted and why, what happened next."""
 
 import datetime as dt
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.context import JobContext
-from jobs.report.figures import feedback_after, judge_of_list, require
+from jobs.block_list import judged_exposures
+from jobs.context import JobContext, run_sql
+from jobs.report.figures import feedback_after, made_from, require
 from jobs.report.markup import Element, el, named, table
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
@@ -151,18 +153,23 @@ def _blocked_of(ctx: JobContext, pages: dict[str, list[str]]) -> dict[str, set[s
     from pyspark.sql import functions as F
 
     pages = {user: items for user, items in pages.items() if items}
-    found: dict[str, set[str]] = {}
-    judged = None
+    found: dict[str, set[str]] = {user: set() for user in pages}
+    if not pages:
+        return found
+    predicted, contexts, task = made_from(ctx)
+    sets = predicted.where(F.col("user_id").isin(list(pages)))
+    users = run_sql(ctx.spark, "block_list", {"predicted": sets, "contexts": contexts}).cache()
+    frames = []
     for user, items in pages.items():
         # One frame per user: the judgement does not say whose it is.
         shown = [(user, item, False) for item in items]
         exposures = ctx.spark.createDataFrame(shown, "user_id string, item_id string, liked boolean")
-        judge = judge_of_list(ctx, lambda rows, user=user: rows.where(F.col("user_id") == user))  # type: ignore[misc]
-        own = judge(exposures).where("blocked").select(F.lit(user).alias("user_id"), "item_id")
-        judged = own if judged is None else judged.unionByName(own)
-    for row in judged.collect() if judged is not None else ():
-        found.setdefault(row["user_id"], set()).add(row["item_id"])
-    return {user: found.get(user, set()) for user in pages}
+        judged = judged_exposures(users.where(F.col("user_id") == user), exposures, task)
+        frames.append(judged.where("blocked").select(F.lit(user).alias("user_id"), "item_id"))
+    for row in functools.reduce(lambda one, other: one.unionByName(other), frames).collect():
+        found[row["user_id"]].add(row["item_id"])
+    users.unpersist()
+    return found
 
 
 def _items_of(ctx: JobContext, wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], list[str]]:

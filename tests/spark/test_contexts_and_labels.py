@@ -11,6 +11,8 @@ import pytest
 from jobs.anchors import before, last_dislike_anchors
 from jobs.future_feedback import future_feedback
 from jobs.item_rate import item_rate
+from jobs.training_alignment import training_alignment
+from jobs.training_grpo import training_grpo
 from jobs.training_next_negative import training_next_negative
 from jobs.user_context import user_context, with_categories
 from negrec_core.config import load_config
@@ -223,15 +225,25 @@ def test_poisoned_future_changes_no_context_rate_or_sample(spark: Any, frame: An
         for n in range(3)
         for polarity in (-1, 1)
     ]
-    settings = load_config().context
+    config = load_config(settings=["generator.alignment.min_rejections=1"])
+    settings, end = config.context, START + 60 * DAY
     who = anchors_frame(spark, list(anchors.items()))
+    names = sorted({row["item_id"] for row in clean + poison})
+    items = spark.createDataFrame([(name, "A") for name in names], "item_id string, category string")
+    ids = spark.createDataFrame(
+        [(name, [0, n]) for n, name in enumerate(names)], "item_id string, codes array<int>"
+    )
 
     def artefacts(log: list[dict[str, Any]]) -> list[Any]:
-        seen = before(frame("feedback", log), who)
+        feedback = frame("feedback", log)
+        seen = before(feedback, who)
+        contexts = user_context(feedback, who, settings, 365)
         made = [
-            user_context(frame("feedback", log), who, settings, 365),
+            with_categories(contexts, seen, items, 365),
             item_rate(seen, 5),
             training_next_negative(seen, settings, 365, 3),
+            training_alignment(seen, ids, config.generator.alignment, settings, 365, 3),
+            training_grpo(seen, frame("item_graph", []), settings, config.labels, 365, 3, end),
         ]
         return [sorted(map(repr, m.toArrow().to_pylist())) for m in made]
 

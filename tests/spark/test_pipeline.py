@@ -26,7 +26,7 @@ from jobs.cli import app
 from jobs.context import JobContext, Warehouse
 from jobs.gates import ACCEPTABLE
 from jobs.import_log import import_log
-from jobs.pipeline import DAILY_STAGES, run_day, run_range, run_stage
+from jobs.pipeline import DAILY_STAGES, TRAINING_STAGES, run_day, run_range, run_stage
 from jobs.world import WorldSettings, generate
 from negrec_core.blocklist import BlockList
 from negrec_core.codebook import Codebook
@@ -523,7 +523,8 @@ def test_the_future_reaches_nothing(fork: Site) -> None:
     """Poisoned events and items after the day leave everything made for the day as it was."""
     warehouse = fork.open()
     store = warehouse.store
-    exact = ("feedback", "user_context", "item_rate", "training_next_negative")
+    run_day(warehouse, DS, TRAINING_STAGES, force=True)
+    exact = ("feedback", "user_context", "item_rate", *TRAINING_STAGES)
     rounded = {"item_graph": {"score": 9}, "negative_item_set": {"log_prob": 3}}
     rounded["block_list"] = {"log_prob": 3, "score": 3, "because_similarity": 3}
 
@@ -550,7 +551,7 @@ def test_the_future_reaches_nothing(fork: Site) -> None:
     fresh = [r for r in poison if (r["user_id"], r["item_id"], r["event_time"]) not in seen]
     add_rows(store, "feedback", NEXT_DAY, [{**row, **marks} for row in fresh])
     run_day(warehouse, NEXT_DAY, ["item_semantic_id"])
-    forced = (*DAILY_STAGES, "training_next_negative")
+    forced = (*DAILY_STAGES, *TRAINING_STAGES)
     run_day(warehouse, DS, [name for name in forced if name != "future_feedback"], force=True)
     after = artefacts()
     for name in exact:

@@ -98,7 +98,11 @@ def build(root: Path) -> DeltaStore:
     ]
     add("negative_item_set", rows)
     contexts = store.read("user_context", days=[DS]).drop(["ds"]).to_pylist()
-    add("user_context", [{**row, "anchor_time": end_of(DS)} for row in contexts])
+    for row in contexts:
+        row["anchor_time"] = end_of(DS)
+        for event in (*row["negatives"], *row["positives"]):
+            event["event_time"] = end_of(DAYS[0])
+    add("user_context", contexts)
     curve = [
         {"threshold": 1 - share, "likes_blocked": share, "dislikes_blocked": share**0.5}
         for share in (0, 0.01, 0.05, 0.2)
