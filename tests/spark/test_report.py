@@ -211,7 +211,13 @@ def base(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 @pytest.fixture(scope="module")
 def whole(base: Site) -> Page:
-    return base.page()
+    """The page as the command writes it."""
+    out = base.root.parent / "new" / "report.html"
+    arguments = ["--warehouse", str(base.root), "report", "--ds", DS, "--out", str(out)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert str(out) in result.stdout.replace("\n", "")
+    return Page(out.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -254,7 +260,7 @@ def test_nothing_is_fetched_and_no_script_can_run(whole: Page) -> None:
 def test_strings_of_the_log_are_shown_as_they_are(whole: Page) -> None:
     assert f"{EVIL} item " in whole.texts["users"]  # titles
     assert f"{EVIL}/x" in whole.texts["users"]  # category paths
-    assert EVIL in whole.texts["plot-categories"]
+    assert EVIL.split("/")[0] in whole.texts["plot-categories"]  # top categories
     assert EVIL in whole.texts["gates"]
 
 
@@ -382,16 +388,6 @@ def test_a_warehouse_of_an_earlier_release_without_gates(site: Site) -> None:
     page = site.page()
     assert "Not there: table gate" in page.texts["gates"]
     assert "plot-categories" in page.inside
-
-
-def test_the_command_writes_the_page(base: Site, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "report.html"
-    result = CliRunner().invoke(
-        app, ["--warehouse", str(base.root), "report", "--ds", DS, "--out", str(out)], catch_exceptions=False
-    )
-    assert result.exit_code == 0
-    assert str(out) in result.stdout.replace("\n", "")
-    assert Page(out.read_text(encoding="utf-8")).inside
 
 
 def test_a_day_of_which_nothing_is_known_is_one_line(base: Site, tmp_path: Path) -> None:
