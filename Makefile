@@ -18,12 +18,13 @@ ifneq ($(shell $(BIN)/python -c 'print(open("$(PACKAGES)").read())' 2>/dev/null)
 .PHONY: $(PACKAGES)
 endif
 
-.PHONY: help demo test tables lint setup recbole clean java
+.PHONY: help demo test soak tables lint setup recbole clean java
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   set up, then run the whole pipeline on made-up data (negrec demo)"
 	@echo "make test   set up, then run the linters, the type checker and all tests"
+	@echo "make soak   kill -9 drivers and writers at random moments, KILLS=200 of each (an hour or more)"
 	@echo "make tables train and judge on every public data set (hours; QUICK=1: minutes): train/RESULTS.md"
 	@echo "make lint   the linters and the type checker alone"
 	@echo "make setup  the environment alone: $(VENV), from conf/lock/$(LOCK).txt"
@@ -37,6 +38,9 @@ demo: java setup
 
 test: java lint
 	$(BIN)/python -m pytest --durations=15
+
+soak: java setup
+	$(BIN)/python -m pytest -k killed --kills $(or $(KILLS),200)
 
 tables: java setup
 	$(BIN)/python -m train.tables $(if $(QUICK),--quick)

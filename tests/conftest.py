@@ -30,6 +30,16 @@ settings.load_profile("negrec")
 REPO = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="drivers and writers to kill -9 (`make soak`: 200)")
+
+
+@pytest.fixture(scope="session")
+def kills(request: pytest.FixtureRequest) -> int:
+    """How many processes a test of `kill -9` kills."""
+    return int(request.config.getoption("--kills"))
+
+
 @pytest.fixture(scope="session")
 def public_data() -> Callable[[str], Path]:
     """`public_data("ml-100k")` is that data set's folder; the test is skipped where it is absent.

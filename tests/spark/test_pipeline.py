@@ -2,9 +2,12 @@
 
 import datetime as dt
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +31,19 @@ from jobs.gates import ACCEPTABLE
 from jobs.import_log import import_log
 from jobs.pipeline import DAILY_STAGES, TRAINING_STAGES, run_day, run_range, run_stage
 from jobs.world import WorldSettings, generate
+from negrec_core.artefacts import MANIFEST
 from negrec_core.blocklist import BlockList
 from negrec_core.codebook import Codebook
 from negrec_core.config import Config, load_config
 from negrec_core.delta import DeltaStore, Provenance, day_range
-from negrec_core.errors import ArtefactError, ConflictError, GateError, MissingError, NegrecError
+from negrec_core.errors import (
+    ArtefactError,
+    ConflictError,
+    GateError,
+    InputError,
+    MissingError,
+    NegrecError,
+)
 from negrec_core.generator import CODEBOOK, GENERATOR, newest, open_generator
 from negrec_core.mapping import load_mapping
 from negrec_core.progress import silent
@@ -49,6 +60,7 @@ from train.ours import generation_score
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 WORLD = WorldSettings(users=150, items=300, days=21, seed=3)
+REPO = Path(__file__).resolve().parents[2]
 LAST = WORLD.start + dt.timedelta(days=WORLD.days - 1)
 DS = (LAST - dt.timedelta(days=7)).isoformat()
 WEEK_BEFORE = (LAST - dt.timedelta(days=14)).isoformat()
@@ -66,6 +78,21 @@ SETTINGS = (
     "calibration.held_out_share=0.5",
     "calibration.days=7",
 )
+OPTIONS = ["--config", "demo", *(part for setting in SETTINGS for part in ("--set", setting))]
+# The labels of a week ago need the graph of that day, which the site has not.
+NEXT_STAGES = [stage for stage in DAILY_STAGES if stage != "future_feedback"]
+# A score that is fitted on so few users differs from day to day.
+MAKE_NEXT_DAY = ["--ds", NEXT_DAY, "--stages", ",".join(NEXT_STAGES), "--accept", "score_drift"]
+# Digits to which a column is the same when it is made again.
+CLOSE = {
+    "item_graph": {"score": 9},
+    "item_rate": {"log_odds": 9},
+    "negative_item_set": {"log_prob": 3},
+    "block_score": dict.fromkeys(
+        ("coefficients", "intercept", "threshold", "likes_blocked", "dislikes_blocked", "prior_log_odds"), 3
+    ),
+    "block_list": {"log_prob": 3, "score": 3, "because_similarity": 3},
+}
 SEED = 5
 
 
@@ -270,27 +297,107 @@ def test_force_makes_a_second_revision_of_the_same_rows(fork: Site) -> None:
     assert warehouse.store.revision("block_list", DS) == 1
 
 
-def test_spark_submit_makes_the_list_of_the_next_day(fork: Site) -> None:
+@pytest.fixture(scope="module")
+def next_day(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The site with the next day's tables too, which spark-submit has made undisturbed."""
+    fork = site.fork(tmp_path_factory.mktemp("next_day") / "warehouse")
     submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
     job = Path(jobs.daily.__file__)
-    # The labels of a week ago need the graph of that day, which this site has not.
-    stages = ",".join(stage for stage in DAILY_STAGES if stage != "future_feedback")
-    options = ["--ds", NEXT_DAY, "--config", "demo", "--warehouse", str(fork.root), "--stages", stages]
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    # A score that is fitted on so few users differs from day to day.
-    settings += ["--accept", "score_drift"]
+    options = ["--warehouse", str(fork.root), *OPTIONS, *MAKE_NEXT_DAY]
     done = subprocess.run(
-        [str(submit), "--master", "local[1]", str(job), *options, *settings],
+        [str(submit), "--master", "local[1]", str(job), *options],
         env={**os.environ, "PYSPARK_PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    store = fork.open().store
+    return fork
+
+
+def test_spark_submit_makes_the_list_of_the_next_day(next_day: Site) -> None:
+    store = next_day.open().store
     listed = {row["user_id"] for row in rows_of(store, "block_list", NEXT_DAY)}
     assert listed == {row["user_id"] for row in rows_of(store, "user_context", NEXT_DAY)}
     assert listed
+
+
+def progress_of_day(root: Path) -> int:
+    """Run directories and commits of all tables: it grows while a day is made."""
+    return sum(1 for pattern in ("*/run=*", "*/_delta_log/*.json") for _ in (root / "tables").glob(pattern))
+
+
+def make_day(root: Path, log: Path, kill_after: int, moment: random.Random) -> bool:
+    """`negrec run` in a process of its own; kill it about when its progress is `kill_after`.
+
+    Half of the times the driver alone dies, and its JVM a little later, half of the times both at once.
+
+    Returns:
+        Whether it was killed; else it came to its end.
+    """
+    command = [sys.executable, "-m", "jobs.cli", "--warehouse", str(root), *OPTIONS]
+    command += ["run", *MAKE_NEXT_DAY]
+    target = progress_of_day(root) + kill_after
+    with log.open("ab") as out:
+        # Whoever is killed does not clear up.
+        env = {**os.environ, "SPARK_LOCAL_DIRS": str(log.with_name("spark"))}
+        driver = subprocess.Popen(command, cwd=REPO, env=env, stdout=out, stderr=out, start_new_session=True)
+    try:
+        while driver.poll() is None and progress_of_day(root) < target:
+            time.sleep(0.02)
+        end = time.monotonic() + moment.random()
+        while driver.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        if driver.poll() is None:
+            (os.kill if moment.random() < 0.5 else os.killpg)(driver.pid, signal.SIGKILL)
+        returned = driver.wait()
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+    assert returned in (0, -signal.SIGKILL), log.read_text()[-3000:]
+    return returned != 0
+
+
+def test_a_driver_killed_again_and_again_makes_the_day_as_if_undisturbed(
+    site: Site, next_day: Site, tmp_path: Path, kills: int
+) -> None:
+    whole = progress_of_day(next_day.root) - progress_of_day(site.root)
+    moment = random.Random(kills)
+    today = dt.date.fromisoformat(NEXT_DAY)
+    while kills > 0:
+        left = min(kills, 4)
+        root = tmp_path / f"{kills} left"
+        killed = site.fork(root)
+        store = killed.open().store
+        ended = False
+        while not ended:
+            # On average the last kill comes near the end of the day.
+            after = moment.randrange(2 * whole // (left + 1)) if left else 1 << 20
+            if make_day(root, tmp_path / "log", after, moment):
+                kills, left = kills - 1, left - 1
+            else:
+                ended = True
+            done = store.revision("block_list", NEXT_DAY)
+            assert BlockList.open(root, today=today).snapshot.ds == (NEXT_DAY if done else DS)
+        for stage in NEXT_STAGES:
+            made = [commit.days[NEXT_DAY] for commit in store.commits(stage) if NEXT_DAY in commit.days]
+            assert made == [1], stage
+            assert_close(
+                plain(rows_of(store, stage, NEXT_DAY)),
+                plain(rows_of(next_day.open().store, stage, NEXT_DAY)),
+                CLOSE.get(stage, {}),
+            )
+        staging = store.handle("negative_item_set_shard")
+        for bucket in range(site.config.buckets):
+            # No shard that was done is generated a second time.
+            shard = f"negrec.negative_item_set_shard.{NEXT_DAY}.{bucket}"
+            assert staging.transaction_version(shard) == 1, bucket
+        shutil.rmtree(root)
+
+
+def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the curve of a block score, whose points are many and near each other."""
+    return [{name: value for name, value in row.items() if name != "curve"} for row in rows]
 
 
 def test_evaluation_judges_the_list_by_the_week_after(site: Site) -> None:
@@ -330,9 +437,7 @@ def test_generation_scores_predicted_ids_as_beam_search_did(site: Site) -> None:
 
 def test_commands_show_the_site(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    common = ["--warehouse", str(site.root), "--config", "demo"]
-    for setting in SETTINGS:
-        common += ["--set", setting]
+    common = ["--warehouse", str(site.root), *OPTIONS]
 
     def shown(*arguments: str) -> str:
         result = CliRunner().invoke(app, [*common, *arguments], catch_exceptions=False)
@@ -388,13 +493,86 @@ def test_a_day_without_a_log_or_a_model_or_a_future_is_one_line(site: Site) -> N
     assert table_versions(warehouse.store) == before
 
 
-def test_another_codebook_under_the_generators_version_is_refused(fork: Site) -> None:
-    warehouse = fork.open()
-    version = newest(warehouse.models, CODEBOOK, DS).version
-    other = save_codebook(fork.root, small_codebook(), DS).version
-    folder = warehouse.models / CODEBOOK
+def other_codebook(root: Path) -> None:
+    """Another codebook under the version that the generator was trained on."""
+    folder = root / "models" / CODEBOOK
+    version = newest(root / "models", CODEBOOK, DS).version
+    other = save_codebook(root, small_codebook(), DS).version
     shutil.rmtree(folder / version)
     (folder / other).rename(folder / version)
+
+
+def corrupt_weights(root: Path) -> None:
+    generator = root / "models" / GENERATOR / newest(root / "models", GENERATOR, DS).version
+    (file,) = generator.glob("*.safetensors")
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-4] + bytes(255 - byte for byte in raw[-4:]))
+
+
+def lost_manifest(root: Path) -> None:
+    (root / "models" / GENERATOR / newest(root / "models", GENERATOR, DS).version / MANIFEST).unlink()
+
+
+def day_file(root: Path, table: str, ds: str) -> Path:
+    return Path(DeltaStore(root).files(table, [ds])[0])
+
+
+def cut_file(root: Path) -> None:
+    file = day_file(root, "feedback", NEXT_DAY)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty_file(root: Path) -> None:
+    day_file(root, "feedback", NEXT_DAY).write_bytes(b"")
+
+
+def lost_file(root: Path) -> None:
+    day_file(root, "feedback", NEXT_DAY).unlink()
+
+
+def nothing(root: Path) -> None:
+    pass
+
+
+FAULTS: list[tuple[Callable[[Path], None], str, type[NegrecError], str]] = [
+    (cut_file, "user_context", InputError, rf"table feedback: .* of ds={NEXT_DAY} has .* bytes, not .*"),
+    (empty_file, "item_rate", InputError, rf"table feedback: .* of ds={NEXT_DAY} has 0 bytes, not .*"),
+    (lost_file, "item_graph", InputError, f"table feedback: .* of ds={NEXT_DAY} is gone; restore"),
+    (nothing, "block_list", MissingError, f"table negative_item_set: no partition ds={NEXT_DAY}; run"),
+    (corrupt_weights, "item_semantic_id", ArtefactError, r"generator/.*safetensors differs from its"),
+    (lost_manifest, "negative_item_set", MissingError, f"run `negrec train generator --until {NEXT_DAY}`"),
+    (other_codebook, "negative_item_set", ArtefactError, "train the generator again"),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "stage", "kind", "message"), FAULTS, ids=lambda one: getattr(one, "__name__", "")
+)
+def test_a_fault_is_one_clear_line_and_yesterdays_list_is_served(
+    fork: Site, damage: Callable[[Path], None], stage: str, kind: type[NegrecError], message: str
+) -> None:
+    warehouse = fork.open()
+    today = dt.date.fromisoformat(NEXT_DAY)
+    served = BlockList.open(fork.root, today=today)
+    user = rows_of(warehouse.store, "block_list")[0]["user_id"]
+    page = sorted(row["item_id"] for row in rows_of(warehouse.store, "item_rate"))[:20]
+    scores = served.scores(user, page)
+    before = table_versions(warehouse.store)
+    damage(fork.root)
+    with pytest.raises(kind, match=message) as raised:
+        run_day(warehouse, NEXT_DAY, [stage])
+    assert str(raised.value).isprintable()
+    assert table_versions(warehouse.store) == before
+    assert not served.refresh(today=today)
+    # A service that starts now gets it too, as long as the codebook of its IDs is there.
+    for blocks in [served] if damage is other_codebook else [served, BlockList.open(fork.root, today=today)]:
+        assert blocks.snapshot.ds == DS
+        assert (blocks.scores(user, page) == scores).all()
+
+
+def test_another_codebook_under_the_generators_version_is_refused(fork: Site) -> None:
+    warehouse = fork.open()
+    other_codebook(fork.root)
     before = table_versions(warehouse.store)
     for stage in ("item_semantic_id", "negative_item_set", "block_score"):
         with pytest.raises(ArtefactError, match="train the generator again"):
@@ -466,6 +644,33 @@ def test_generation_goes_on_with_the_shards_that_are_left(
     assert same > 0.99  # two IDs with equal probabilities may change places
 
 
+def test_who_is_carried_over_has_what_the_model_gives_anew(fork: Site) -> None:
+    warehouse = fork.open()
+    none_new = TABLES["item_semantic_id"].schema.empty_table()
+    warehouse.store.write_arrow("item_semantic_id", none_new, {NEXT_DAY: 1}, Provenance())
+    run_day(warehouse, NEXT_DAY, ["user_context", "negative_item_set"])
+    found = rows_of(warehouse.store, "negative_item_set", NEXT_DAY)
+    before = {row["user_id"]: row for row in rows_of(warehouse.store, "user_context")}
+    same = {
+        row["user_id"]
+        for row in rows_of(warehouse.store, "user_context", NEXT_DAY)
+        if row["user_id"] in before
+        and all(row[name] == before[row["user_id"]][name] for name in ("negatives", "positives"))
+    }
+    users = {row["user_id"] for row in found}
+    assert 0.1 < len(same) / len(users) < 0.9
+    assert {row["user_id"] for row in found if row["carried_from"] == DS} == same
+    assert {row["user_id"] for row in found if row["carried_from"] is None} == users - same
+    fresh = replace(fork, config=load_config(["demo"], [*SETTINGS, "generation.carry_over=false"], {})).open()
+    run_day(fresh, NEXT_DAY, ["negative_item_set"], force=True)
+    anew = rows_of(warehouse.store, "negative_item_set", NEXT_DAY)
+    assert {row["carried_from"] for row in anew} == {None}
+    hidden = {"codes": None, "carried_from": None}
+    assert_close([{**row, **hidden} for row in found], [{**row, **hidden} for row in anew], {"log_prob": 4})
+    equal = np.mean([a["codes"] == b["codes"] for a, b in zip(found, anew, strict=True)])
+    assert equal > 0.99  # two IDs with equal probabilities may change places
+
+
 def add_rows(store: DeltaStore, table: str, ds: str, rows: list[dict[str, Any]]) -> None:
     """Add rows to a day as a late import would: the day is replaced."""
     held = store.read(table, days=[ds]).to_pylist()
@@ -525,8 +730,7 @@ def test_the_future_reaches_nothing(fork: Site) -> None:
     store = warehouse.store
     run_day(warehouse, DS, TRAINING_STAGES, force=True)
     exact = ("feedback", "user_context", "item_rate", *TRAINING_STAGES)
-    rounded = {"item_graph": {"score": 9}, "negative_item_set": {"log_prob": 3}}
-    rounded["block_list"] = {"log_prob": 3, "score": 3, "because_similarity": 3}
+    rounded = {name: CLOSE[name] for name in ("item_graph", "negative_item_set", "block_list")}
 
     def artefacts() -> dict[str, list[dict[str, Any]]]:
         found = {name: rows_of(store, name) for name in exact}

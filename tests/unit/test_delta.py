@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing as mp
 import os
+import random
 import shutil
 import signal
 import time
@@ -651,6 +652,37 @@ def test_a_writer_killed_before_its_commit_changes_nothing(
     assert store.revision(DAY, D1) == 1
     store.write_arrow(DAY, profiles(D1, "new"), {D1: 2}, NOTHING)
     assert users(store) == {D1: ["new"]}
+
+
+def _write_on(root: Path) -> None:
+    """Replace one day again and again; each row names the revision it came with."""
+    store = DeltaStore(root)
+    for revision in range(store.revision(DAY, D1) + 1, 1 << 20):
+        store.write_arrow(DAY, profiles(D1, *of_revision(revision)), {D1: revision}, NOTHING)
+
+
+def of_revision(revision: int) -> list[str]:
+    return [f"{revision}-{n}" for n in range(3)]
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_commits(store: DeltaStore, kills: int) -> None:
+    moment = random.Random(kills)
+    for _ in range(kills):
+        before = store.revision(DAY, D1)
+        child = mp.get_context("spawn").Process(target=_write_on, args=(store.root,))
+        child.start()
+        while store.revision(DAY, D1) == before and child.is_alive():
+            time.sleep(0.01)
+        time.sleep(0.1 * moment.random())
+        child.kill()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        revision = store.revision(DAY, D1)
+        assert revision > before
+        assert users(store) == {D1: of_revision(revision)}
+        assert [commit.days for commit in store.commits(DAY)] == [{D1: n} for n in range(revision, 0, -1)]
+    store.write_arrow(DAY, profiles(D1, "last"), {D1: revision + 1}, NOTHING)
+    assert users(store) == {D1: ["last"]}
 
 
 # --- the log in the long run --------------------------------------------------
