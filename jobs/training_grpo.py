@@ -69,15 +69,16 @@ def run(ctx: JobContext) -> None:
     if ctx.config.anchors == "explicit":
         # Each user's log ends at the user's own anchor; what came after it is no label either.
         log_end += dt.timedelta(days=labels.horizon_days)
-    days = [day for day in ctx.store.days("item_graph") if day <= ctx.ds]
-    if not days:
+    # By revision: the graph of a small log may be empty.
+    day = max((day for day in ctx.store.revisions("item_graph") if day <= ctx.ds), default=None)
+    if day is None:
         raise MissingError(
             f"table item_graph: nothing on or before ds={ctx.ds}; run `negrec backfill --start {ctx.ds}"
             f" --end {ctx.ds} --stages item_graph`"
         )
     rows = training_grpo(
         learnable(ctx),
-        ctx.read("item_graph", days[-1:]),
+        ctx.read("item_graph", [day]),
         ctx.config.context,
         labels,
         ctx.config.window_days,
