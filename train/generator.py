@@ -126,6 +126,8 @@ def _run_step(models: Path, name: str, task: Task, student: Student) -> tuple[St
         name,
         student.digest,
         samples.digest,
+        # What is legal beside the samples' own IDs: all of it competes in the likelihood.
+        hashlib.sha256(task.ids.codes.tobytes()).hexdigest(),
         settings,
         task.config.generation.pad_prompts_to,
         task.seed,

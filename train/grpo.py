@@ -88,23 +88,23 @@ def fit(task: Task, student: Student, samples: Samples, work: Path) -> Outcome:
         Targets.of(rows["positives"]),
     )
     curve: list[dict[str, Any]] = []
-    repeat = np.ones(len(rows), np.int64)
     for number, stage in enumerate(settings.stages):
-        begin = student
-        if number:
-            # The reference of a stage is the model at its start, read from disk by the trainer.
-            begin = Student.open(work / f"stage-{number - 1}", "")
-            repeat = 1 + hard_samples(task, begin, rows, reward, stage, settings.augment_above)
-        prompts = [
-            begin.prompt.write(
-                past(row, stage.context, settings.recent_days),
-                begin.prompt.blocks(task.ids.codes),
-                task.config.generation.pad_prompts_to,
-            )[0]
-            for row in rows
-        ]
         finished = work / f"stage-{number}"
         if not finished.is_dir():
+            # The reference of a stage is the model at its start, read from disk by the trainer.
+            begin = Student.open(work / f"stage-{number - 1}", "") if number else student
+            blocks = begin.prompt.blocks(task.ids.codes)
+            prompts = [
+                begin.prompt.write(
+                    past(row, stage.context, settings.recent_days),
+                    blocks,
+                    task.config.generation.pad_prompts_to,
+                )[0]
+                for row in rows
+            ]
+            repeat = np.ones(len(rows), np.int64)
+            if number:
+                repeat += hard_samples(task, begin, rows, reward, stage, settings.augment_above)
             trainer = _stage_trainer(task, begin, stage, prompts, repeat, reward, work / f"run-{number}")
             model, log = train(trainer, task, work / f"run-{number}")
             unfinished = work / f"stage-{number}.unfinished"

@@ -177,13 +177,22 @@ def test_other_settings_samples_or_seeds_train_anew(store):
     made = {trained(store, only, last_step="warm_up").version}
     made.add(trained(store, only, "generator.warm_up.like_weight=1", last_step="warm_up").version)
     made.add(trained(store, only, seed=2, last_step="warm_up").version)
+    row = {
+        "codebook_version": task_of(store).codebook_manifest.version,
+        "item_id": "last",
+        "codes": (3, 3, 0),
+    }
+    known = store.read("item_semantic_id", days=[DS]).to_pylist()
+    write_rows(store, "item_semantic_id", [*known, row], DS, revision=2)
+    made.add(trained(store, only, last_step="warm_up").version)
+    assert len(made) == 4, "one more legal ID"
     make_tables_with_another_past(store)
     made.add(trained(store, only, last_step="warm_up").version)
-    assert len(made) == 4
+    assert len(made) == 5
     # The same rows again, as another revision of the table, are no reason to.
     make_tables_with_another_past(store, revision=3)
     made.add(trained(store, only, last_step="warm_up").version)
-    assert len(made) == 4
+    assert len(made) == 5
 
 
 def make_tables_with_another_past(store, revision=2):
