@@ -2,7 +2,7 @@
 
 import datetime as dt
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,15 +80,7 @@ def block_list(users: "DataFrame", task: BlockListTask) -> "DataFrame":
         task: what to score with.
     """
 
-    def entries(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        catalogue = None
-        for batch in batches:
-            if batch.num_rows:
-                catalogue = catalogue or load_catalogue(task)
-                rows = [entry for row in batch.to_pylist() for entry in _entries(row, catalogue, task.score)]
-                yield pa.RecordBatch.from_pylist(rows, _ARROW_SCHEMA)
-
-    return users.mapInArrow(entries, _SCHEMA)
+    return _by_user(users, task, _entries, _ARROW_SCHEMA, _SCHEMA)
 
 
 def judged_exposures(users: "DataFrame", exposures: "DataFrame", task: BlockListTask) -> "DataFrame":
@@ -101,16 +93,28 @@ def judged_exposures(users: "DataFrame", exposures: "DataFrame", task: BlockList
     """
     from pyspark.sql import functions as F
 
-    def judged(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    pages = exposures.groupBy("user_id").agg(F.collect_list(F.struct("item_id", "liked")).alias("page"))
+    return _by_user(pages.join(users, "user_id", "left"), task, _judged, _JUDGED_ARROW_SCHEMA, _JUDGED_SCHEMA)
+
+
+def _by_user(
+    users: "DataFrame",
+    task: BlockListTask,
+    of_user: Callable[[dict[str, Any], Catalogue, BlockScore], Iterator[dict[str, Any]]],
+    arrow_schema: pa.Schema,
+    schema: str,
+) -> "DataFrame":
+    """What `of_user` makes of every row, with the catalogue loaded once per task of Spark."""
+
+    def rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         catalogue = None
         for batch in batches:
             if batch.num_rows:
                 catalogue = catalogue or load_catalogue(task)
-                rows = [out for row in batch.to_pylist() for out in _judged(row, catalogue, task.score)]
-                yield pa.RecordBatch.from_pylist(rows, _JUDGED_ARROW_SCHEMA)
+                made = [out for row in batch.to_pylist() for out in of_user(row, catalogue, task.score)]
+                yield pa.RecordBatch.from_pylist(made, arrow_schema)
 
-    pages = exposures.groupBy("user_id").agg(F.collect_list(F.struct("item_id", "liked")).alias("page"))
-    return pages.join(users, "user_id", "left").mapInArrow(judged, _JUDGED_SCHEMA)
+    return users.mapInArrow(rows, schema)
 
 
 _JUDGED_ARROW_SCHEMA = pa.schema([("item_id", pa.string()), ("liked", pa.bool_()), ("blocked", pa.bool_())])
