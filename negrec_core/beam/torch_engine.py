@@ -102,6 +102,7 @@ class TorchBeamEngine:
         self._vocab_size = head.out_features
         self._max_batch_tokens = max_batch_tokens
         self._longest_prompt = _longest_prompt(model.config, vocabulary.depth)
+        self._device_trie: _DeviceTrie | None = None
 
     @property
     def block_size(self) -> int:
@@ -195,33 +196,40 @@ class TorchBeamEngine:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Leaves and scores `[users, at most width]`, in the order of the leaves."""
         device = self._model.device
+        legal_ids = self._on_device(trie)
         cache = DynamicCache()
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         logits = _prefill(levels[0], prompts, lengths, cache)
-        nodes = np.zeros((len(prompts), 1), np.int64)
+        nodes = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
         scores = torch.zeros(len(prompts), 1, device=device)
         ranks = torch.zeros(len(prompts), 1, device=device)
         longest = int(lengths.max())
         # [users, beams, cached tokens]: what each beam attends to.
         visible = (torch.arange(longest, device=device) < lengths[:, None])[:, None]
         for level in range(trie.depth):
-            codes, children = _padded_children(trie, level, nodes)
-            legal = torch.from_numpy(children >= 0).to(device)
-            slots = torch.from_numpy(codes).to(device)
-            log_probs = logits.float().gather(2, slots).masked_fill(~legal, -torch.inf)
+            slots, children = legal_ids.children(level, nodes)
+            illegal = children < 0
+            log_probs = logits.gather(2, slots).float().masked_fill(illegal, -torch.inf)
             check_logits(bool(log_probs.isnan().any()))
             # A beam that has ended has no legal code: its softmax is NaN, masked again.
-            log_probs = log_probs.log_softmax(2).masked_fill(~legal, -torch.inf)
+            log_probs = log_probs.log_softmax(2).masked_fill(illegal, -torch.inf)
             candidates = scores[:, :, None] + log_probs
             picked, ranks = select(candidates, ranks, width)
             scores = candidates.flatten(1).gather(1, picked)
-            nodes = np.take_along_axis(children.reshape(len(children), -1), picked.cpu().numpy(), 1)
+            nodes = children.flatten(1).gather(1, picked)
             if level + 1 < trie.depth:
                 parents = (picked // slots.shape[2])[:, :, None]
                 tokens = slots.flatten(1).gather(1, picked) + self._vocabulary.first_token[level]
                 visible = visible.gather(1, parents.expand(-1, -1, visible.shape[2]))
                 visible, logits = _grow(levels[level + 1], tokens, visible, lengths + level, cache)
-        return nodes, scores.cpu().numpy()
+        return nodes.cpu().numpy(), scores.cpu().numpy()
+
+    def _on_device(self, trie: Trie) -> "_DeviceTrie":
+        """The trie beside the model; that of the last call is kept."""
+        kept = self._device_trie
+        if kept is None or kept.trie is not trie or kept.device != self._model.device:
+            kept = self._device_trie = _DeviceTrie(trie, self._model.device)
+        return kept
 
     @torch.inference_mode()
     def _log_probs_batch(
@@ -233,6 +241,7 @@ class TorchBeamEngine:
     ) -> npt.NDArray[np.float32]:
         """As `log_probs`: each ID is a beam whose codes are given."""
         device = self._model.device
+        legal_ids = self._on_device(trie)
         cache = DynamicCache()
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         logits = _prefill(levels[0], prompts, lengths, cache)
@@ -248,20 +257,42 @@ class TorchBeamEngine:
         for level in range(trie.depth):
             # All IDs of a user share the root.
             here = np.zeros((len(prompts), 1), np.int64) if level == 0 else nodes
-            slots, children = _padded_children(trie, level, here)
-            legal = torch.from_numpy(children >= 0).to(device)
-            scores = logits.float().gather(2, torch.from_numpy(slots).to(device))
-            scores = scores.masked_fill(~legal, -torch.inf)
+            slots, children = legal_ids.children(level, torch.from_numpy(here).to(device))
+            scores = logits.gather(2, slots).float().masked_fill(children < 0, -torch.inf)
             check_logits(bool(scores.isnan().any()))
             whole = scores.logsumexp(2)
             code = wanted[:, :, level]
-            own = logits.float().expand(-1, leaves.shape[1], -1).gather(2, code[:, :, None])[:, :, 0]
-            total += own - whole
+            own = logits.expand(-1, leaves.shape[1], -1).gather(2, code[:, :, None])[:, :, 0]
+            total += own.float() - whole
             nodes = trie.child(level, nodes.ravel(), codes[:, :, level].ravel()).reshape(nodes.shape)
             if level + 1 < trie.depth:
                 tokens = code + self._vocabulary.first_token[level]
                 visible, logits = _grow(levels[level + 1], tokens, visible, lengths + level, cache)
         return np.where(asked, total.cpu().numpy(), np.float32(-np.inf))
+
+
+class _DeviceTrie:
+    """A trie's arrays on the model's device, so that no step waits for the host to look up children."""
+
+    def __init__(self, trie: Trie, device: torch.device) -> None:
+        self.trie = trie
+        self.device = device
+        self._offsets = [torch.from_numpy(offsets).to(device) for offsets in trie.offsets]
+        self._edges = [torch.from_numpy(edges).to(device) for edges in trie.edges]
+
+    def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and nodes of the children of `nodes` `[users, beams]`, each `[users, beams, most]`.
+
+        Padding is code 0 with node -1; a node of -1 has no children.
+        """
+        known = nodes.clamp_min(0)
+        first = self._offsets[level][known]
+        counts = (self._offsets[level][known + 1] - first).masked_fill(nodes < 0, 0)
+        places = torch.arange(int(counts.max()), device=self.device)
+        padding = places >= counts[:, :, None]
+        children = (first[:, :, None] + places).masked_fill(padding, -1)
+        codes = self._edges[level][children] - (known * self.trie.code_counts[level])[:, :, None]
+        return codes.masked_fill(padding, 0), children
 
 
 class _Select(Protocol):
@@ -416,25 +447,6 @@ def _grow(
     return visible, logits
 
 
-def _padded_children(
-    trie: Trie, level: int, nodes: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Codes and nodes of the children of `nodes` `[users, beams]`, each `[users, beams, most]`.
-
-    Padding is code 0 with node -1; a node of -1 has no children.
-    """
-    live = nodes.ravel() >= 0
-    flat_codes, flat_children, splits = trie.children(level, nodes.ravel()[live])
-    counts = np.zeros(nodes.size, np.int64)
-    counts[live] = np.diff(splits)
-    filled = np.arange(counts.max()) < counts[:, None]
-    codes = np.zeros(filled.shape, np.int64)
-    children = np.full(filled.shape, -1, np.int64)
-    codes[filled], children[filled] = flat_codes, flat_children
-    shape = (*nodes.shape, -1)
-    return codes.reshape(shape), children.reshape(shape)
-
-
 def _top(values: Tensor, k: int) -> Tensor:
     """Positions of the k largest of each row, `[rows, k]`, ascending; ties go to the first.
 
@@ -449,5 +461,8 @@ def _top(values: Tensor, k: int) -> Tensor:
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask `[users, beams, tokens]` as the 4-D mask `[users, 1, beams, tokens]`."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    tokens = visible.shape[2]
+    # GPU kernels take rows that start at multiples of 8 numbers; others they copy, in every layer.
+    mask = torch.zeros(*visible.shape[:2], tokens + -tokens % 8, dtype=dtype, device=visible.device)
+    mask = mask[:, :, :tokens].masked_fill_(~visible, torch.finfo(dtype).min)
+    return mask[:, None]
