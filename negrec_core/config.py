@@ -159,6 +159,10 @@ class GrpoConfig(_Model):
     stages: list[GrpoStageConfig] = Field(description="in order")
     scheme: Literal["a", "b", "c", "d", "e"] = Field(description="reward scheme, DESIGN section 7")
     gamma: float = Field(ge=0, description="penalty for nearness to what the user likes next")
+    rewarded: Literal["next", "horizon", "expanded"] = Field(
+        description="what it is good to come near: the next dislike, all of the horizon, or those and their"
+        " Swing neighbours"
+    )
     group_size: int = Field(ge=2, description="semantic IDs drawn per prompt")
     prompts: Positive = Field(description="prompts in one step")
     rollouts: Literal["distinct", "independent"] = Field(
@@ -178,6 +182,9 @@ class GeneratorConfig(_Model):
     preset: str = Field(description="name of a file in conf/models")
     prompt: str = Field(description="name of a file in conf/prompts")
     prompt_tokens: Positive = Field(description="longest prompt; older events are cut first")
+    context: Literal["both", "negatives"] = Field(
+        description="what of a user's past the generator is told: dislikes and likes, or dislikes alone"
+    )
     steps: list[Literal["translation", "alignment", "warm_up", "grpo"]] = Field(
         description="of the curriculum, in order"
     )

@@ -42,6 +42,7 @@ class PromptWriter:
         one_of: tokens before the semantic IDs that an answer is to be chosen from.
         pad: token that fills a prompt on the left.
         max_tokens: longest prompt.
+        likes: whether a prompt tells of likes; without, events that are likes are left out.
     """
 
     vocabulary: SidVocabulary
@@ -51,6 +52,7 @@ class PromptWriter:
     one_of: tuple[int, ...]
     pad: int
     max_tokens: int
+    likes: bool = True
 
     def blocks(self, codes: np.ndarray) -> list[tuple[int, ...]]:
         """Token blocks of semantic IDs [n, D], to be indexed by `Event.sid`."""
@@ -74,6 +76,8 @@ class PromptWriter:
         room = longest - len(self.head) - len(self.disliked)
         kept: list[Event] = []
         for event in sorted(events, reverse=True):
+            if not (event.disliked or self.likes):
+                continue
             room -= width + len(self.disliked if event.disliked else self.liked)
             if room < 0:
                 break
@@ -117,6 +121,8 @@ class PromptWriter:
                 tuple(raw["one_of"]),
                 raw["pad"],
                 raw["max_tokens"],
+                # Generators of before there was a choice were told of likes.
+                raw.get("likes", True),
             )
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise ArtefactError(f"{directory}: {PROMPT_FILE} is not readable ({error})") from None

@@ -66,9 +66,9 @@ def train_generator(
     codebook, codebook_manifest = open_codebook(models, newest(models, CODEBOOK, until).version)
     ids = load_semantic_ids(store, codebook_manifest.version, until)
     task = Task(store, config, until, seed, codebook, codebook_manifest, ids, progress)
-    student, path, made = _first_student(task), None, []
+    student, path, made = first_student(task), None, []
     for name in config.generator.steps:
-        student, path, manifest = _run_step(models, name, task, student)
+        student, path, manifest = run_step(models, name, task, student)
         made.append(manifest)
         if name == last_step:
             return manifest
@@ -96,7 +96,7 @@ def train_generator(
     return seal(out, parameters=parameters, metrics=metrics, inputs=inputs)
 
 
-def _first_student(task: Task) -> Student:
+def first_student(task: Task) -> Student:
     """The preset's model with semantic-ID tokens."""
     settings = task.config.generator
     titles: list[str] = []
@@ -104,8 +104,9 @@ def _first_student(task: Task) -> Student:
         items = load_items(task.store, task.until, columns=["title"])
         titles = [title for title in items["title"].to_pylist() if title]
     text = load_prompt_text(settings.prompt)
+    likes = settings.context == "both"
     model, tokenizer, prompt = build_model(
-        settings.preset, text, task.codebook, settings.prompt_tokens, task.seed, titles
+        settings.preset, text, task.codebook, settings.prompt_tokens, task.seed, titles, likes
     )
     made_of = [
         resource("conf", "models", f"{settings.preset}.yaml").read_text(encoding="utf-8"),
@@ -114,11 +115,27 @@ def _first_student(task: Task) -> Student:
         settings.prompt_tokens,
         task.seed,
         titles,
+        likes,
     ]
     return Student(model, tokenizer, prompt, _digest(made_of))
 
 
-def _run_step(models: Path, name: str, task: Task, student: Student) -> tuple[Student, Path, Manifest]:
+def run_step(models: Path, name: str, task: Task, student: Student) -> tuple[Student, Path, Manifest]:
+    """Train one step of the curriculum, or open it where it was trained before.
+
+    Args:
+        models: directory of the model versions.
+        name: of the step.
+        task: what is trained for; its section `generator` says how.
+        student: the model that the step starts from; it is changed.
+
+    Returns:
+        The trained model, where it is kept, and its manifest.
+
+    Raises:
+        MissingError: its samples were not built.
+        InputError: there is no sample to learn from.
+    """
     step = STEPS[name]
     samples = step.load(task)
     settings = getattr(task.config.generator, name).model_dump()

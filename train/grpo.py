@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -39,8 +40,8 @@ def load(task: Task) -> Samples:
 
     Returns:
         Contexts with what came after them: `sids`, `disliked` and `time` (microseconds) of the past;
-        `anchor` (microseconds); `negatives` and `positives`, the semantic IDs of the horizon, the
-        former with their Swing neighbours.
+        `anchor` (microseconds); `negatives`, the semantic IDs that it is good to come near
+        (`generator.grpo.rewarded`), and `positives`, those liked within the horizon.
 
     Raises:
         MissingError: the table has no partition for the log date.
@@ -51,10 +52,10 @@ def load(task: Task) -> Samples:
     table = task.store.read(TABLE, days=[task.until], version=version)
     table = table.sort_by([("user_id", "ascending"), ("anchor_time", "ascending")])
     index = task.ids.index
+    of_anchor = _dislikes_at_anchors(task) if task.config.generator.grpo.rewarded == "next" else {}
     rows = []
     for row in (row for batch in table.to_batches(max_chunksize=10_000) for row in batch.to_pylist()):
-        rejected = [*row["future_negatives"], *(entry["item_id"] for entry in row["expanded_negatives"])]
-        negatives = [index[item] for item in rejected if item in index]
+        negatives = [index[item] for item in _rewarded(task, row, of_anchor) if item in index]
         if negatives:
             events = sorted(context_events(row["negatives"], row["positives"], index))
             rows.append(
@@ -73,6 +74,24 @@ def load(task: Task) -> Samples:
             " dislike; import more days, or leave grpo out of generator.steps"
         )
     return Samples(Dataset.from_list(rows), {TABLE: version})
+
+
+def _rewarded(task: Task, row: dict[str, Any], of_anchor: dict[tuple[str, Any], list[str]]) -> list[str]:
+    rewarded = task.config.generator.grpo.rewarded
+    if rewarded == "next":
+        return of_anchor.get((row["user_id"], row["anchor_time"]), [])
+    neighbours = row["expanded_negatives"] if rewarded == "expanded" else []
+    return [*row["future_negatives"], *(entry["item_id"] for entry in neighbours)]
+
+
+def _dislikes_at_anchors(task: Task) -> dict[tuple[str, Any], list[str]]:
+    """(user, time) -> what the user disliked then: an anchor of training is the time of a dislike."""
+    days = [day for day in task.store.days("feedback") if day <= task.until]
+    rows = task.store.read("feedback", ["user_id", "item_id", "event_time", "polarity"], days=days)
+    found: dict[tuple[str, Any], list[str]] = {}
+    for row in rows.filter(pc.equal(rows["polarity"], -1)).to_pylist():
+        found.setdefault((row["user_id"], row["event_time"]), []).append(row["item_id"])
+    return found
 
 
 def fit(task: Task, student: Student, samples: Samples, work: Path) -> Outcome:

@@ -111,6 +111,7 @@ def build_model(
     max_tokens: int,
     seed: int,
     titles: Sequence[str] = (),
+    likes: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PromptWriter]:
     """A model that knows the semantic-ID tokens, its tokenizer and its prompt writer.
 
@@ -122,6 +123,7 @@ def build_model(
         seed: of new weights.
         titles: what the model is to read and write besides prompts; a model that starts from scratch
             gets tokens for their commonest words.
+        likes: whether prompts tell of likes.
     """
     preset = load_preset(preset_name)
     torch.manual_seed(seed)
@@ -137,7 +139,7 @@ def build_model(
         old = _token_tables(model)[0][: len(tokenizer) - len(tokens)]
         mean, spread = old.mean(0), old.std(0)
         model.resize_token_embeddings(_round_up(len(tokenizer)), mean_resizing=False)
-    prompt = _prompt_writer(tokenizer, text, code_counts, max_tokens)
+    prompt = _prompt_writer(tokenizer, text, code_counts, max_tokens, likes)
     _place_codes(model, prompt.vocabulary, codebook, mean, spread)
     # Sampling defaults that come with a model must not reach a beam search.
     model.generation_config = GenerationConfig(
@@ -258,6 +260,7 @@ def _prompt_writer(
     text: PromptText,
     code_counts: tuple[int, ...],
     max_tokens: int,
+    likes: bool,
 ) -> PromptWriter:
     def ids(part: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(part, add_special_tokens=False))
@@ -284,6 +287,7 @@ def _prompt_writer(
         ids(text.one_of),
         pad,
         max_tokens,
+        likes,
     )
 
 

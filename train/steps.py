@@ -84,6 +84,8 @@ class Student:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
+        # Where the trainers put it; models are judged between trainings, too.
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         return cls(model, tokenizer, PromptWriter.load(path), digest)
 

@@ -260,6 +260,29 @@ def test_grpo_learns_what_earns_rewards(store):
     assert manifest.metrics["grpo.reward_last"] > manifest.metrics["grpo.reward_first"] + 0.15
 
 
+def test_what_is_rewarded_can_be_the_next_dislike_the_horizon_or_its_neighbours_too(store):
+    later = [
+        {"user_id": f"u{user}", "item_id": item, "event_time": ANCHOR + n * DAY, "polarity": polarity}
+        for user in range(24)
+        for n, (item, polarity) in enumerate([(f"i{user % 4}3", -1), ("i00", -1), ("i01", 1)])
+    ]
+    later += [{**row, "item_id": "i02", "polarity": 1} for row in later[::3]]
+    rows = [{**row, "source": "explicit", "weight": 1.0} for row in later]
+    write_rows(store, "feedback", rows, DS)
+    found = {
+        name: grpo.load(task_of(store, f"generator.grpo.rewarded={name}")).rows["negatives"]
+        for name in ("next", "horizon", "expanded")
+    }
+    index = task_of(store).ids.index
+    table = store.read("training_grpo", days=[DS]).sort_by("user_id").to_pylist()
+    assert list(found["next"]) == [[index[f"i{int(row['user_id'][1:]) % 4}3"]] for row in table]
+    assert list(found["horizon"]) == [[index[item] for item in row["future_negatives"]] for row in table]
+    assert list(found["expanded"]) == [
+        [*ids, index[row["expanded_negatives"][0]["item_id"]]]
+        for ids, row in zip(found["horizon"], table, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("rollouts", ["distinct", "independent"])
 def test_rollouts_are_legal_and_the_policy_is_what_they_were_drawn_from(store, rollouts, tmp_path):
     task = task_of(store, f"generator.grpo.rollouts={rollouts}")

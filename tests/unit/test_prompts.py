@@ -99,6 +99,22 @@ def test_a_prompt_reads_in_time_order():
     assert writer.write([], [], 1) == ([1, 2, 4, 5], [])
 
 
+def test_a_writer_that_tells_of_no_likes_leaves_them_out_and_stays_so(tmp_path):
+    writer = PromptWriter(VOCABULARY, (1,), (2,), (3,), (4,), PAD, 20, likes=False)
+    past = [Event(1, True, 0), Event(2, False, 1), Event(3, True, 2)]
+    blocks = writer.blocks(CODES)
+    tokens, positions = writer.write(past, blocks)
+    assert tokens == [1, 3, *blocks[0], 3, *blocks[2], 3]
+    assert [disliked for _, disliked in positions] == [True, True]
+    writer.save(tmp_path)
+    assert PromptWriter.load(tmp_path) == writer
+    file = tmp_path / PROMPT_FILE
+    raw = json.loads(file.read_text())
+    del raw["likes"]
+    file.write_text(json.dumps(raw))
+    assert PromptWriter.load(tmp_path).likes
+
+
 @given(writers)
 def test_save_and_load_give_the_same_writer(tmp_path_factory, writer):
     folder = tmp_path_factory.mktemp("prompt")
