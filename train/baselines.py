@@ -84,9 +84,7 @@ def baselines(known: Known, users: list[str], seed: int) -> dict[str, Method]:
         seed: of the random one and of the classifier.
     """
     rng = np.random.default_rng(seed)
-    items = _counts(known.past, ["item_id"])
-    by_count = items["negatives"].sort_values(ascending=False, kind="stable")
-    most_disliked = _leaves(by_count.index, known.leaf)
+    by_count = _times_disliked(known)
     own = own_dislikes(known)
     ids_by_rate = _ids_by_rate(known)
     by_rate = {user: first_new(ids_by_rate, own.get(user)) for user in users}
@@ -99,10 +97,7 @@ def baselines(known: Known, users: list[str], seed: int) -> dict[str, Method]:
             lambda pairs: np.random.default_rng(seed).random(len(pairs)),
             {user: first_new(_random_leaves(known.n_ids, rng), own.get(user)) for user in users},
         ),
-        TIMES_DISLIKED: Method(
-            lambda pairs: pairs["item_id"].map(by_count).fillna(0).to_numpy(float),
-            {user: first_new(most_disliked, own.get(user)) for user in users},
-        ),
+        TIMES_DISLIKED: times_disliked(known, users),
         # The user's rate moves no item before another.
         ITEM_RATE: Method(lambda pairs: rates(pairs)["item"].to_numpy(), by_rate),
         ITEM_USER_RATE: Method(lambda pairs: rates(pairs)[["item", "user"]].sum(axis=1).to_numpy(), by_rate),
@@ -115,6 +110,20 @@ def baselines(known: Known, users: list[str], seed: int) -> dict[str, Method]:
     if classify:
         found[CLASSIFIER] = Method(classify, _ranked_sets(known, by_count.index, users, own, classify))
     return found
+
+
+def times_disliked(known: Known, users: list[str]) -> Method:
+    """Items by how often they were disliked; the same for all users but for what they disliked themselves."""
+    by_count, own = _times_disliked(known), own_dislikes(known)
+    most_disliked = _leaves(by_count.index, known.leaf)
+    return Method(
+        lambda pairs: pairs["item_id"].map(by_count).fillna(0).to_numpy(float),
+        {user: first_new(most_disliked, own.get(user)) for user in users},
+    )
+
+
+def _times_disliked(known: Known) -> pd.Series:
+    return _counts(known.past, ["item_id"])["negatives"].sort_values(ascending=False, kind="stable")
 
 
 def features(history: pd.DataFrame, category: pd.Series, pairs: pd.DataFrame, pseudo: float) -> pd.DataFrame:

@@ -163,7 +163,7 @@ def evaluate(
         scores, of_candidates = np.split(method.score(pairs), [len(exposures)])
         draws[name] = _blocked(scores, exposures, seed) | _long_tail(scores, exposures, past, seed)
         if method.sets is not None:
-            draws[name] |= _predicted(hit_table(past, future, method.sets, leaf_of_item), seed)
+            draws[name] |= predicted_draws(hit_table(past, future, method.sets, leaf_of_item), seed)
         accuracy = chosen(candidates.pairs, of_candidates)
         draws[name]["candidate accuracy"] = mean_over_users(accuracy, seed)
     features = pair_features(snapshot, exposures)
@@ -299,8 +299,6 @@ def _ranking(scores: np.ndarray, exposures: pd.DataFrame) -> Ranking:
 def _blocked(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
     """Draws of the figures that judge scores of exposures."""
     ranking, users = _ranking(scores, exposures), exposures["user"].to_numpy()
-    # Summed per user beforehand: a user drawn twice must count twice, not pair with itself.
-    ordered, pairs = user_pairs(scores, exposures["disliked"].to_numpy(), users)
 
     def overall(times: np.ndarray) -> list[float]:
         curve = ranking.curve(times)
@@ -309,10 +307,17 @@ def _blocked(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> dict[str
 
     names = ("blocked at 1 %", "blocked at 5 %", "AUC", *FIGURES["likes lost at equal recall"])
     found = dict(zip(names, bootstrap(overall, users, seed).T, strict=True))
-    found["AUC within user"] = bootstrap(
+    found["AUC within user"] = within_user_draws(scores, exposures, seed)
+    return found
+
+
+def within_user_draws(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> np.ndarray:
+    """Draws of the within-user AUC of scores of exposures, as `train.baselines.judged` makes them."""
+    # Summed per user beforehand: a user drawn twice must count twice, not pair with itself.
+    ordered, pairs = user_pairs(scores, exposures["disliked"].to_numpy(), exposures["user"].to_numpy())
+    return bootstrap(
         lambda times: within_user_auc(ordered * times, pairs * times), np.arange(len(pairs)), seed
     )
-    return found
 
 
 def _long_tail(
@@ -336,7 +341,7 @@ def _long_tail(
     return found
 
 
-def _predicted(hits: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+def predicted_draws(hits: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
     """Draws of the figures that judge predicted sets."""
     values = {
         "HR@20": hits["hr"],

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -154,10 +155,11 @@ def run_step(models: Path, name: str, task: Task, student: Student) -> tuple[Stu
     if not (path / MANIFEST).is_file():
         work = path / ".checkpoints"
         work.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
         outcome = step.fit(task, student, samples, work)
+        metrics = {**outcome.metrics, "seconds": round(time.monotonic() - begin, 1)}
         trained = Student(outcome.model, student.tokenizer, student.prompt, "")
         trained.save(path)
-        metrics = outcome.metrics
         if "alignment" in task.config.generator.steps:
             metrics = {**metrics, "alignment_accuracy": alignment.accuracy(task, trained)}
         (path / f"curve_{name}.json").write_text(json.dumps(outcome.curve, indent=1), encoding="utf-8")

@@ -35,12 +35,33 @@ semantic ID. Both are parts of negrec, not baselines. Likes lost: the share of t
 together with that share of the dislikes; less is better.
 """
 
+_ABLATION = """## What each part of the curriculum adds
+
+Made by `python -m train.ablation`. Each row is a generator alone, without the block score: 20 IDs from its
+beam search, the candidate accuracy by its likelihood of the candidates (generation) and by the cosine to
+the nearest of the 20 (similarity), and the within-user AUC of both. Differences are to the row named,
+paired over users, from the mean over seeds on each resample; ± is the standard deviation of the difference
+over seeds, which the intervals do not hold. All rows of a data set have the same vocabulary, starting
+weights per seed, samples and settings but for what the row says. TIGER's task is next-item generation from
+scratch over semantic IDs; here it is a decoder that also learns from each event of the past, knows likes
+from dislikes, and has a likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back.
+P5-CID's IDs come from who reacted to what. `@` is GRPO's learning rate. Alignment: share of held-out
+questions answered with the rejected item of four, after each step.
+"""
+_HITS = ("HR@20", "FHR@20", "LUF@20", "LIF@20")
+_SCORED = tuple(
+    f"{figure}, {by}"
+    for figure in ("candidate accuracy", "AUC within user")
+    for by in ("generation", "similarity")
+)
+
 
 def write_report(results: Path, order: Sequence[str], out: Path) -> None:
     """Write the report and its plots.
 
     Args:
-        results: folder of the cells; plots are written there too.
+        results: folder of the cells; plots are written there too. Its folder `ablation` holds what
+            `train.ablation` found.
         order: names of the data sets.
         out: file of the report, in the folder above `results`.
     """
@@ -50,6 +71,13 @@ def write_report(results: Path, order: Sequence[str], out: Path) -> None:
     parts = [_HEAD, _summary(judged.values())]
     for name, own in judged.items():
         parts.append(_dataset(own, results, name))
+    ablations = sorted((results / "ablation").glob("*.json"))
+    if ablations:
+        parts.append(_ABLATION)
+    for path in ablations:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        plot = path.with_suffix(".png")
+        parts.append(_ablation(found, plot, plot.relative_to(out.parent)))
     parts.append(_costs(cell for all_ in by_dataset.values() for cell in all_))
     out.write_text("\n".join(parts), encoding="utf-8")
 
@@ -107,6 +135,92 @@ def _coverage(cells: list[dict[str, Any]]) -> str:
         for top in shares[0]
     ]
     return _table(head, rows)
+
+
+def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
+    rows = found["rows"]
+    titles = {row["variant"]: row["title"] for row in rows}
+    judged = {row["variant"]: row for row in rows if row["figures"]}
+    if not judged:
+        return ""
+    seeds = max((row["seeds"] for row in rows), key=len)
+    users = next(iter(judged.values()))["users"]
+    sample = f"; {users:,} judged users drawn at random" if users else ""
+    about = f"### {found['title']}, {found['preset']}\n\nSeeds {', '.join(map(str, seeds))}{sample}.\n"
+    lines = [about]
+    for names in (_HITS, _SCORED):
+        body = [
+            [row["title"], str(len(row["seeds"])), *(_show(_of(row["figures"].get(n))) for n in names)]
+            for row in judged.values()
+        ]
+        lines.append(_table(["row", "seeds", *names], body))
+        body = [
+            [
+                row["title"],
+                titles.get(row["above"], row["above"]),
+                *(_shift(row["difference"].get(n)) for n in names),
+            ]
+            for row in judged.values()
+            if row["difference"]
+        ]
+        if body:
+            lines.append(_table(["row", "minus", *names], body))
+    lines.append(_steps(judged.values()))
+    failed = [
+        [row["title"], seed, error.replace("|", "/")] for row in rows for seed, error in row["errors"].items()
+    ]
+    if failed:
+        lines.append(_table(["row", "seed", "failed with"], failed))
+    shown = (*_HITS, *_SCORED[:1])
+    known = {
+        row["title"]: row["figures"]
+        for row in judged.values()
+        if all(name in row["figures"] for name in shown)
+    }
+    plot_methods(
+        {name: {title: _of(own[name]) or _NONE for title, own in known.items()} for name in shown},
+        plot,
+        f"{found['title']}, {found['preset']}",
+    )
+    return "\n".join([*lines, f"![{found['title']}, {found['preset']}]({link})\n"])
+
+
+_NONE = Estimate(math.nan, math.nan, math.nan)
+
+
+def _of(figure: dict[str, float] | None) -> Estimate | None:
+    return None if figure is None else Estimate(figure["value"], figure["low"], figure["high"])
+
+
+def _shift(figure: dict[str, float] | None) -> str:
+    if figure is None or math.isnan(figure["value"]):
+        return "-"
+    spread = "" if math.isnan(figure["spread"]) else f" ±{figure['spread']:.3f}"
+    return _show(_of(figure), "+") + spread
+
+
+def _steps(rows: Iterable[dict[str, Any]]) -> str:
+    """What was measured in training: alignment after each step, what later steps forget, reward, cost."""
+    body = []
+    for row in rows:
+        accuracy = [(step["step"], step["measured"].get("alignment_accuracy")) for step in row["steps"]]
+        at = [n for n, (name, value) in enumerate(accuracy) if name == "alignment" and value]
+        lost = "-"
+        if at and at[-1] + 1 < len(accuracy):
+            before, after = accuracy[at[-1]][1], accuracy[-1][1]
+            lost = f"{(before - after) / before:.1%}"
+        last = row["steps"][-1]["measured"] if row["steps"] else {}
+        reward = f"{last['reward_first']:.3f} to {last['reward_last']:.3f}" if "reward_last" in last else "-"
+        body.append(
+            [
+                row["title"],
+                ", ".join(f"{name} {value:.3f}" for name, value in accuracy if value is not None) or "-",
+                lost,
+                reward,
+                f"{sum(step['measured'].get('seconds', 0) for step in row['steps']):,.0f}",
+            ]
+        )
+    return _table(["row", "alignment after", "forgotten", "reward", "training, s"], body)
 
 
 def _costs(cells: Iterable[dict[str, Any]]) -> str:
