@@ -39,6 +39,8 @@ class SafeCheckpoints:
     lr_scheduler: Any
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
         state = self.optimizer.state_dict()
         tensors = {
             f"{parameter}.{name}": torch.as_tensor(value).contiguous()
@@ -64,6 +66,8 @@ class SafeCheckpoints:
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state()
+        # Each process writes its own; the main one may not have made the folder yet.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_file(states, Path(output_dir) / _RANDOM.format(self.args.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -25,7 +25,7 @@ from negrec_core.semantic_ids import load_semantic_ids
 from train import alignment, grpo, translation, warm_up
 from train.models import build_model, load_prompt_text
 from train.plots import plot_curve
-from train.steps import Student, Task
+from train.steps import Student, Task, processes
 
 TRAINING = "training"
 STEPS: dict[str, ModuleType] = {
@@ -73,17 +73,26 @@ def train_generator(
         made.append(manifest)
         if name == last_step:
             return manifest
+    if processes().is_main_process:
+        _keep(models, task, student, path, made)
+    processes().wait_for_everyone()
+    return newest(models, GENERATOR, until)
+
+
+def _keep(models: Path, task: Task, student: Student, path: Path | None, made: list[Manifest]) -> None:
+    """Store the model after the last step as a generator; it is kept in `path`, unless there was no step."""
+    config, codebook_manifest = task.config, task.codebook_manifest
     out = new_version(models, GENERATOR)
     if path is None:
         student.save(out)
     else:
         _link_files(path, out)
     parameters = {
-        "until": until,
+        "until": task.until,
         "codebook_version": codebook_manifest.version,
         "codebook_digest": codebook_manifest.digest,
         "held_out_share": config.calibration.held_out_share,
-        "seed": seed,
+        "seed": task.seed,
         "training": [manifest.version for manifest in made],
         **config.generator.model_dump(),
     }
@@ -94,7 +103,7 @@ def train_generator(
         for name, value in manifest.metrics.items()
     }
     inputs = {table: version for manifest in made for table, version in manifest.inputs.items()}
-    return seal(out, parameters=parameters, metrics=metrics, inputs=inputs)
+    seal(out, parameters=parameters, metrics=metrics, inputs=inputs)
 
 
 def first_student(task: Task) -> Student:
@@ -158,14 +167,16 @@ def run_step(models: Path, name: str, task: Task, student: Student) -> tuple[Stu
         begin = time.monotonic()
         outcome = step.fit(task, student, samples, work)
         metrics = {**outcome.metrics, "seconds": round(time.monotonic() - begin, 1)}
-        trained = Student(outcome.model, student.tokenizer, student.prompt, "")
-        trained.save(path)
-        if "alignment" in task.config.generator.steps:
-            metrics = {**metrics, "alignment_accuracy": alignment.accuracy(task, trained)}
-        (path / f"curve_{name}.json").write_text(json.dumps(outcome.curve, indent=1), encoding="utf-8")
-        plot_curve(outcome.curve, path / f"curve_{name}.png", name)
-        shutil.rmtree(work)
-        seal(path, parameters=settings, metrics=metrics, inputs=samples.inputs)
+        if processes().is_main_process:
+            trained = Student(outcome.model, student.tokenizer, student.prompt, "")
+            trained.save(path)
+            if "alignment" in task.config.generator.steps:
+                metrics = {**metrics, "alignment_accuracy": alignment.accuracy(task, trained)}
+            (path / f"curve_{name}.json").write_text(json.dumps(outcome.curve, indent=1), encoding="utf-8")
+            plot_curve(outcome.curve, path / f"curve_{name}.png", name)
+            shutil.rmtree(work)
+            seal(path, parameters=settings, metrics=metrics, inputs=samples.inputs)
+    processes().wait_for_everyone()
     path, manifest = open_version(models, TRAINING, version)
     return Student.open(path, manifest.digest), path, manifest
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
@@ -26,7 +27,7 @@ from train.checkpoints import SafeCheckpoints
 from train.likelihood import constrained_log_probs
 from train.rewards import Reward, Targets
 from train.samples import Samples
-from train.steps import Outcome, Student, Task, common_arguments, train
+from train.steps import Outcome, Student, Task, common_arguments, processes, train
 
 TABLE = "training_grpo"
 _LOG = "log.json"
@@ -123,13 +124,17 @@ def fit(task: Task, student: Student, samples: Samples, work: Path) -> Outcome:
             ]
             repeat = np.ones(len(rows), np.int64)
             if number:
-                repeat += hard_samples(task, begin, rows, reward, stage, settings.augment_above)
+                hard = [hard_samples(task, begin, rows, reward, stage, settings.augment_above)]
+                # Of one mind, though processes may round differently.
+                repeat += broadcast_object_list(hard)[0]
             trainer = _stage_trainer(task, begin, stage, prompts, repeat, reward, work / f"run-{number}")
             model, log = train(trainer, task, work / f"run-{number}")
-            unfinished = work / f"stage-{number}.unfinished"
-            Student(model, begin.tokenizer, begin.prompt, "").save(unfinished)
-            (unfinished / _LOG).write_text(json.dumps(log), encoding="utf-8")
-            unfinished.rename(finished)
+            if processes().is_main_process:
+                unfinished = work / f"stage-{number}.unfinished"
+                Student(model, begin.tokenizer, begin.prompt, "").save(unfinished)
+                (unfinished / _LOG).write_text(json.dumps(log), encoding="utf-8")
+                unfinished.rename(finished)
+            processes().wait_for_everyone()
         offset = curve[-1]["step"] if curve else 0
         log = json.loads((finished / _LOG).read_text(encoding="utf-8"))
         curve += [{**entry, "step": entry["step"] + offset} for entry in log]
@@ -186,7 +191,7 @@ def _stage_trainer(
     settings = task.config.generator.grpo
     rng = np.random.default_rng([task.seed, len(prompts)])
     order = np.repeat(np.arange(len(prompts)), repeat)
-    wanted = stage.steps * settings.prompts
+    wanted = stage.steps * settings.prompts * processes().num_processes
     order = np.concatenate([rng.permutation(order) for _ in range(-(-wanted // len(order)))])[:wanted]
     return ConstrainedGRPOTrainer(
         model=student.model,

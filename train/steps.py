@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +25,14 @@ from negrec_core.prompts import PromptWriter
 from negrec_core.semantic_ids import SemanticIds
 from negrec_core.trie import Trie
 from train.checkpoints import latest_checkpoint
+
+
+def processes() -> PartialState:
+    """The processes of this training: one, or those that `accelerate launch` started.
+
+    All of them train; the main one alone writes what is kept.
+    """
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,8 @@ def common_arguments(task: Task, work: Path) -> dict[str, Any]:
 def train(trainer: Any, task: Task, work: Path) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Run a trainer to its end, from its last checkpoint if it was killed; its model and its log."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Report(task.progress))
+    if processes().is_main_process:
+        trainer.add_callback(_Report(task.progress))
     trainer.train(resume_from_checkpoint=latest_checkpoint(work))
     return trainer.model, [entry for entry in trainer.state.log_history if "loss" in entry]
 

@@ -234,6 +234,37 @@ def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(store, tm
     assert len(steps) < 21, "what was done before the kill was not done again"
 
 
+PROCESS = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import torch.distributed
+import test_curriculum as here
+from negrec_core.delta import DeltaStore
+from train.steps import processes
+manifest = here.trained(DeltaStore(Path(sys.argv[1])), here.RARE_CHECKPOINTS)
+state = processes()
+print("PROCESS", state.process_index, state.num_processes, torch.distributed.get_backend(), manifest.version)
+"""
+
+
+def test_two_processes_train_one_generator_and_one_of_them_writes_it(store, tmp_path):
+    """As `accelerate launch --multi_gpu` starts them, but over gloo on the CPU."""
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS.format(paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)]))
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    command = [sys.executable, *launch.split(), str(script), str(store.root)]
+    ended = subprocess.run(command, env=os.environ, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    said = sorted(line.split() for line in ended.stdout.splitlines() if line.startswith("PROCESS"))
+    assert [words[1:4] for words in said] == [["0", "2", "gloo"], ["1", "2", "gloo"]]
+    assert said[0][4] == said[1][4], "both know the one generator"
+    assert [path.name for path in (store.root / "models" / "generator").iterdir()] == [said[0][4]]
+    kept = sorted(path.name.split("-")[0] for path in (store.root / "models" / TRAINING).iterdir())
+    assert kept == ["alignment", "grpo", "translation", "warm_up"]
+    assert open_generator(store.root / "models", DS).manifest.metrics["grpo.samples"] == 24
+
+
 def test_a_checkpoint_that_was_cut_is_passed_over(tmp_path):
     from train.checkpoints import latest_checkpoint
 
