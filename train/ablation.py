@@ -46,6 +46,8 @@ _OVERLAY = "conrec"
 _GPU_BATCH_TOKENS = 131_072
 _NEXT = "generator.grpo.rewarded=next"
 _PLAIN, _COLLABORATIVE = "plain", "collaborative"
+_TIMES_DISLIKED, _TITLES = "times_disliked", ("tallrec", "instructrec")
+_NO_SETTINGS = (_COLLABORATIVE, _TIMES_DISLIKED, *_TITLES)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Variant:
     Attributes:
         name: in file names and on the command line.
         title: in the report.
-        steps: the chain; without any, the items disliked most often.
+        steps: the chain; without any, what `settings` names: the items disliked most often, or a
+            title-based model, which needs a preset that can read.
         above: the row that it is compared with.
         settings: a.b=value, of all its steps; `collaborative` takes IDs of `train.collaborative`.
     """
@@ -93,7 +96,9 @@ def _grpo(scheme: str, *settings: str) -> Step:
 
 
 VARIANTS = (
-    Variant("times-disliked", "times disliked, for reference", ()),
+    Variant("times-disliked", "times disliked, for reference", (), settings=(_TIMES_DISLIKED,)),
+    Variant("tallrec", "TALLRec's task, by titles", (), settings=_TITLES[:1]),
+    Variant("instructrec", "InstructRec's task, by titles", (), settings=_TITLES[1:]),
     Variant("warm-up", "warm-up alone (TIGER's task)", (_WARM_UP,)),
     Variant("translation", "+ translation (LC-Rec's tasks)", (_TRANSLATION, _WARM_UP), "warm-up"),
     Variant("alignment", "+ item-level alignment", _UP_TO_WARM_UP, "translation"),
@@ -149,7 +154,7 @@ class Grid:
         last = stages[-1]
         plain = f"generator.grpo.stages=[{{context: {last.context}, kl: {last.kl}, steps: {updates}}}]"
         named = {_PLAIN: plain, "as_grpo": f"generator.warm_up.max_steps={updates}"}
-        chosen = [named.get(s, s) for s in settings if s != _COLLABORATIVE]
+        chosen = [named.get(s, s) for s in settings if s not in _NO_SETTINGS]
         return load_config([overlays, _OVERLAY], [*own, *chosen], {})
 
 
@@ -206,8 +211,11 @@ def _run_link(grid: Grid, link: Link, before: Trained | None, judged: bool) -> T
     from train.generator import TRAINING, first_student, run_step
     from train.steps import Student
 
+    begin = time.monotonic()
     if not link.steps:
-        return Trained("", [], _figures_of_times_disliked(grid, link), 0.0)
+        judge = _figures_of_titles if link.settings[0] in _TITLES else _figures_of_times_disliked
+        figures = judge(grid, link)
+        return Trained("", [], figures, round(time.monotonic() - begin, 1))
     task = _task(grid, link)
     models = grid.work / link.dataset
     if before is None:
@@ -342,7 +350,7 @@ def _figures_of_times_disliked(grid: Grid, link: Link) -> dict[str, list[float]]
 
     from train.baselines import Known, times_disliked
 
-    task = _task(grid, replace(link, steps=(_WARM_UP,)))
+    task = _task(grid, replace(link, settings=(), steps=(_WARM_UP,)))
     judged = _judged(grid, link.dataset, link.warehouse)
     leaf_of_item = dict(zip(task.ids.items, task.trie.find(task.ids.codes).tolist(), strict=True))
     none = pd.DataFrame()
@@ -350,6 +358,27 @@ def _figures_of_times_disliked(grid: Grid, link: Link) -> dict[str, list[float]]
     method = times_disliked(known, judged.users)
     assert method.sets is not None
     return _draws(judged, method.sets, leaf_of_item, {"count": method.score})
+
+
+def _figures_of_titles(grid: Grid, link: Link) -> dict[str, list[float]]:
+    import tempfile
+    from typing import cast
+
+    import numpy as np
+
+    from negrec_core.metrics import mean_over_users
+    from train.candidates import chosen
+    from train.generator import first_student
+    from train.titles import Budget, Kind, TitleModel
+
+    task = _task(grid, replace(link, settings=(), steps=(_WARM_UP,)))
+    candidates = _judged(grid, link.dataset, link.warehouse).candidates
+    model = TitleModel(task, first_student(task), cast("Kind", link.settings[0]))
+    with tempfile.TemporaryDirectory() as work:
+        model.fit(Path(work), Budget())
+    accuracy = chosen(candidates, model.scores(candidates))
+    draws = mean_over_users(accuracy, _JUDGE_SEED)
+    return {"candidate accuracy, generation": np.round(draws, 5).tolist()}
 
 
 def _draws(
@@ -390,10 +419,17 @@ class Cell:
 def cells(
     grid: Grid, warehouses: dict[str, Path], names: Sequence[str], rates: Sequence[str], seeds: Sequence[int]
 ) -> list[Cell]:
-    """The cells of the grid; with learning rates, each variant with GRPO once for every one of them."""
+    """The cells of the grid; with learning rates, each variant with GRPO once for every one of them.
+
+    Without names: all variants but those that need a model that can read, unless the preset can.
+    """
+    from train.models import ScratchPreset, load_preset
+
+    reads = not isinstance(load_preset(grid.preset), ScratchPreset)
+    chosen = [v for v in VARIANTS if v.name in names or (not names and (reads or v.name not in _TITLES))]
     found = []
     for seed in seeds:
-        for variant in (variant for variant in VARIANTS if not names or variant.name in names):
+        for variant in chosen:
             for rate in rates if _has_grpo(variant) and rates else ("",):
                 own = _with_rate(variant, rate) if rate else variant
                 found += [
@@ -459,7 +495,7 @@ def run(grid: Grid, wanted: Sequence[Cell], jobs: int, minutes: float) -> int:
             for link in [link for link, result in running.items() if result.ready()]:
                 trained = done[link] = running.pop(link).get()
                 _keep(grid, of_link.get(link, []), trained)
-                what = " > ".join(step.name for step in link.steps) or "times disliked"
+                what = " > ".join(step.name for step in link.steps) or link.settings[0]
                 log.info("%s, seed %d: %s: %s", link.dataset, link.seed, what, trained.error or "done")
             time.sleep(0.1)
         # Left by the end of the block, which stops what runs.

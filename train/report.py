@@ -45,8 +45,9 @@ over seeds, which the intervals do not hold. All rows of a data set have the sam
 weights per seed, samples and settings but for what the row says. TIGER's task is next-item generation from
 scratch over semantic IDs; here it is a decoder that also learns from each event of the past, knows likes
 from dislikes, and has a likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back.
-P5-CID's IDs come from who reacted to what. `@` is GRPO's learning rate. Alignment: share of held-out
-questions answered with the rejected item of four, after each step.
+P5-CID's IDs come from who reacted to what. TALLRec's and InstructRec's models read titles and have a score
+of candidates only, their likelihood of a yes or of the title. `@` is GRPO's learning rate. Alignment: share
+of held-out questions answered with the rejected item of four, after each step.
 """
 _HITS = ("HR@20", "FHR@20", "LUF@20", "LIF@20")
 _SCORED = tuple(

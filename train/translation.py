@@ -19,7 +19,7 @@ from train.supervised import fine_tune
 TABLE = "training_translation"
 TO_TITLE, TO_SID = "sid_to_title", "title_to_sid"
 # Longer titles are cut: their end says little.
-_TITLE_TOKENS = 24
+TITLE_TOKENS = 24
 
 
 def load(task: Task) -> Samples:
@@ -87,7 +87,7 @@ class TitleWriter:
 
     def write(self, sample: dict[str, Any]) -> Written:
         """Tokens, labels and weights of a sample."""
-        block, title = self._blocks[sample["sid"]], self._encode(sample["title"])[:_TITLE_TOKENS]
+        block, title = self._blocks[sample["sid"]], self._encode(sample["title"])[:TITLE_TOKENS]
         if sample["to_title"]:
             prompt, answer = [*self._title_of, *block, *self._answer], [*title, *self._end]
         else:
@@ -100,16 +100,26 @@ class TitleWriter:
         )
 
 
-class _TranslationTrainer(ConstrainedTrainer):
-    """Titles by the plain likelihood, semantic IDs by the constrained one."""
+class TitleTrainer(ConstrainedTrainer):
+    """Any tokens by the plain likelihood."""
 
     def total_loss(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        titles, labels = inputs["to_title"], inputs["labels"]
-        of_sids = {name: value[~titles] for name, value in inputs.items()}
-        of_titles = F.cross_entropy(
-            logits[titles][:, :-1].flatten(0, 1).float(),
-            labels[titles][:, 1:].flatten(),
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            inputs["labels"][:, 1:].flatten(),
             ignore_index=IGNORED,
             reduction="sum",
         )
-        return of_titles + super().total_loss(logits[~titles], of_sids)
+
+
+class _TranslationTrainer(TitleTrainer):
+    """Titles by the plain likelihood, semantic IDs by the constrained one."""
+
+    def total_loss(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        titles = inputs["to_title"]
+        of_titles, of_sids = (
+            {name: value[rows] for name, value in inputs.items()} for rows in (titles, ~titles)
+        )
+        return super().total_loss(logits[titles], of_titles) + ConstrainedTrainer.total_loss(
+            self, logits[~titles], of_sids
+        )

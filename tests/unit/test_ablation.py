@@ -3,7 +3,9 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from test_curriculum import ANCHOR, DAY, DS, ITEMS, SETTINGS, make_tables, student_of, task_of
 from warehouses import publish, save_codebook, small_codebook, write_rows
 
@@ -15,6 +17,7 @@ from train.ablation import VARIANTS, Grid, Link, cells, run, run_link, summarise
 from train.collaborative import collaborative_embeddings
 from train.generator import TRAINING
 from train.ours import Generation
+from train.titles import Budget, TitleModel
 
 USERS = [f"u{n}" for n in range(24)]
 
@@ -102,6 +105,41 @@ def test_what_is_disliked_most_is_judged_like_anything_else(store, grid):
     assert len(found.figures["FHR@20"]) == 201
 
 
+def test_models_of_titles_learn_from_the_same_dislikes_and_score_candidates_alone(store, grid):
+    task = task_of(store)
+    for kind in ("tallrec", "instructrec"):
+        model = TitleModel(task, student_of(task), kind)
+        samples = model._samples()
+        assert len(samples) == 24 * (2 if kind == "tallrec" else 1)
+        found = run_link(grid, link_of(store, kind), None, True)
+        assert found.error == ""
+        assert set(found.figures) == {"candidate accuracy, generation"}
+
+
+def test_a_score_of_titles_is_the_mean_log_likelihood_of_the_answer(store, tmp_path):
+    task = task_of(store)
+    for kind in ("tallrec", "instructrec"):
+        model = TitleModel(task, student_of(task), kind)
+        model.fit(tmp_path / kind, Budget(max_steps=2))
+        pairs = pd.DataFrame(
+            {"user_id": ["u0", "u1", "nobody", "u0"], "item_id": ["i00", "i23", "i31", "new"]}
+        )
+        scores = model.scores(pairs)
+        assert scores[3] == -np.inf
+        contexts = {row["user_id"]: row for row in store.read("user_context", days=[DS]).to_pylist()}
+        for user, item, score in zip(pairs["user_id"][:3], pairs["item_id"][:3], scores[:3], strict=True):
+            past = model._past(contexts.get(user, {"negatives": [], "positives": []}))
+            each = []
+            for prompt, answer in model._ask(past, item):
+                tokens = torch.tensor([[*prompt, *answer]])
+                with torch.inference_mode():
+                    logs = model._model(input_ids=tokens).logits[0].log_softmax(-1)
+                own = [float(logs[len(prompt) + n - 1, token]) for n, token in enumerate(answer)]
+                each.append(np.mean(own))
+            expected = each[0] - each[1] if kind == "tallrec" else each[0]
+            assert score == pytest.approx(expected, abs=1e-4)
+
+
 def test_sets_are_those_that_the_daily_job_would_publish(store):
     task = task_of(store, "generation.beam_width=6", "generation.set_size=6")
     student = student_of(task)
@@ -129,8 +167,6 @@ def test_ids_from_co_occurrence_are_made_once_and_learnt(store, grid):
 
 
 def test_items_disliked_by_the_same_users_are_near():
-    import pandas as pd
-
     rng = np.random.default_rng(0)
     rows = [
         (f"u{user}", f"i{user % 3}{item}", -1)
