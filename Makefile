@@ -12,13 +12,14 @@ PROJECT := $(VENV)/.project
 INSTALL := -m pip --disable-pip-version-check install -qq --no-compile
 PIP := $(BIN)/python $(INSTALL) --no-deps
 RECBOLE := .venv-recbole
+DUCKDB := .venv-duckdb
 
 # A set-up counts if it was finished, in this folder, and its Python still runs.
 ifneq ($(shell $(BIN)/python -c 'print(open("$(PACKAGES)").read())' 2>/dev/null),$(CURDIR))
 .PHONY: $(PACKAGES)
 endif
 
-.PHONY: help demo test soak tables lint setup recbole clean java
+.PHONY: help demo test soak tables lint setup recbole duckdb clean java
 .NOTPARALLEL:
 
 help:
@@ -29,6 +30,7 @@ help:
 	@echo "make lint   the linters and the type checker alone"
 	@echo "make setup  the environment alone: $(VENV), from conf/lock/$(LOCK).txt"
 	@echo "make recbole  $(RECBOLE), for evaluation beside sequential recommenders"
+	@echo "make duckdb  $(DUCKDB), an independent reader that tests compare with (part of make test)"
 	@echo "make clean  remove the environments and caches"
 	@echo "LOCK=cpu or LOCK=gpu chooses the packages (default: gpu where nvidia-smi works)"
 	@echo "PYTHON=/path/to/python3.11 chooses the Python"
@@ -36,7 +38,7 @@ help:
 demo: java setup
 	@$(BIN)/negrec demo
 
-test: java lint
+test: java lint duckdb
 	$(BIN)/python -m pytest --durations=15
 
 soak: java setup
@@ -96,5 +98,12 @@ $(RECBOLE)/.packages: conf/lock/recbole.txt
 	@$(RECBOLE)/bin/python $(INSTALL) --no-deps -r $<
 	@touch $@
 
+duckdb: $(DUCKDB)/.packages
+
+# Without it its tests are skipped, so that all others run.
+$(DUCKDB)/.packages: conf/lock/duckdb.txt
+	@$(PYTHON) -m venv --clear $(DUCKDB) && $(DUCKDB)/bin/python $(INSTALL) --no-deps -r $< && touch $@ \
+	  || { rm -rf $(DUCKDB); echo "negrec: no $(DUCKDB), so tests that read tables by DuckDB are skipped" >&2; }
+
 clean:
-	rm -rf $(VENV) $(RECBOLE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(RECBOLE) $(DUCKDB) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

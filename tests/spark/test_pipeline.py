@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyspark
 import pytest
+from duckdb_reader import plain_rows, read_by_duckdb
 from pyspark.sql import SparkSession
 from typer.testing import CliRunner
 from warehouses import save_codebook, small_codebook
@@ -275,6 +276,13 @@ def test_reader_and_list_agree_on_items_of_a_listed_id(site: Site) -> None:
             why = blocks.why(row["user_id"], items[0])
             assert why.blocked == (why.score >= blocks.threshold)
     assert compared > 50
+
+
+def test_duckdb_reads_every_table_as_delta_rs_does(site: Site) -> None:
+    store = site.open().store
+    for name, found in read_by_duckdb(store).items():
+        names = TABLES[name].schema.names
+        assert plain_rows(found, names) == plain_rows(store.read(name), names), name
 
 
 def test_a_second_run_does_nothing_and_starts_no_spark(site: Site) -> None:

@@ -20,6 +20,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
+from duckdb_reader import plain_rows, read_by_duckdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -826,6 +827,56 @@ def test_readers_count_and_skip_files_by_the_log(store: DeltaStore) -> None:
         for where in ("user_id = 'c'", "bucket = 1", "model_version is null", "log_prob < 0")
     ]
     assert counts == [1, 2, 4, 4]
+
+
+# --- another reader ------------------------------------------------------------
+
+
+def value_of(kind: pa.DataType, n: int) -> Any:
+    """Some value of a type; differs with n."""
+    if pa.types.is_list(kind):
+        return [value_of(kind.value_type, n + i) for i in range(n % 3)]
+    if pa.types.is_struct(kind):
+        return {field.name: value_of(field.type, n + i) for i, field in enumerate(kind)}
+    if pa.types.is_timestamp(kind):
+        return dt.datetime(2026, 2, 28, 23, 59, 59, 999_990 + n, tzinfo=dt.UTC)
+    if pa.types.is_date(kind):
+        return dt.date(2026, 2, 1 + n)
+    if pa.types.is_boolean(kind):
+        return n % 2 == 0
+    if pa.types.is_floating(kind):
+        return n / 8
+    return n if pa.types.is_integer(kind) else f"é'\U0001f600 {n}"
+
+
+def some_rows(table: Table, ds: str, first: int) -> pa.Table:
+    """Rows with every column filled, but for the last row: that has the key alone."""
+    partition = {"ds": ds, "bucket": first % 2}
+    rows = [
+        {f.name: value_of(f.type, first + n) for f in table.schema} | {"bucket": n % 2, "ds": ds}
+        for n in range(4)
+    ]
+    last = {name: value_of(table.schema.field(name).type, first + 5) for name in table.key}
+    return pa.Table.from_pylist([*rows, {**partition, **last}], schema=table.schema)
+
+
+def test_every_table_is_read_by_duckdb_as_it_was_written(store: DeltaStore) -> None:
+    """After days that were replaced, emptied, or committed in shards, and a checkpoint."""
+    expected = {}
+    for name, table in TABLES.items():
+        store.write_arrow(name, some_rows(table, D1, 0), {D1: 1}, NOTHING)
+        store.write_arrow(name, some_rows(table, D2, 1), {D2: 1}, NOTHING)
+        store.write_arrow(name, some_rows(table, D3, 2), {D3: 1}, NOTHING)
+        store.write_arrow(name, some_rows(table, D1, 3), {D1: 2}, NOTHING)
+        store.handle(name).create_checkpoint()
+        store.write_arrow(name, table.schema.empty_table(), {D2: 2}, NOTHING)
+        expected[name] = pa.concat_tables([some_rows(table, D1, 3), some_rows(table, D3, 2)])
+    commit_shard(store, 7, "x", "a", "b")
+    expected[SET] = pa.concat_tables([expected[SET], predictions(D1, 7, "a", "b")])
+    for name, found in read_by_duckdb(store).items():
+        names = TABLES[name].schema.names
+        assert found.schema.names == names, name
+        assert plain_rows(found, names) == plain_rows(expected[name], names), name
 
 
 # --- the whole against a model ------------------------------------------------
