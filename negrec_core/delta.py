@@ -122,7 +122,7 @@ class DeltaStore:
 
         Raises:
             MissingError: the table was never created, or has no such version.
-            InputError: its schema is not the declared one.
+            InputError: its log is damaged, or its schema is not the declared one.
         """
         try:
             handle = DeltaTable(self.path(table), version=version)
@@ -132,15 +132,21 @@ class DeltaStore:
                 " or import a log first"
             ) from None
         except DeltaError as error:
-            if version is None or version <= self.version(table):
-                raise
-            raise MissingError(
-                f"table {table}: there is no version {version} yet under {self.root}; read another"
-            ) from error
+            if version is not None and version > self.version(table):
+                raise MissingError(
+                    f"table {table}: there is no version {version} yet under {self.root}; read another"
+                ) from error
+            # A backtrace without names follows the first line.
+            reason = "".join(filter(str.isprintable, str(error).partition("\n")[0]))
+            raise InputError(
+                f"table {table}: its log cannot be read ({reason}); restore {self.path(table)}/_delta_log"
+                " from a copy"
+            ) from None
         declared = TABLES[table]
         check_schema(
             table,
-            f"{self.path(table)} was made by another release; start a new warehouse",
+            f"{self.path(table)} was made by another release of negrec; use that release, or import the log"
+            " into a new --warehouse with this one",
             pa.schema(handle.schema().to_arrow()),
             declared.schema,
         )

@@ -423,6 +423,11 @@ def drop_data_file(root, version):
     Path(DeltaStore(root).files("block_list", [DS])[0]).unlink()
 
 
+def cut_log(root, version):
+    (log,) = (DeltaStore(root).path("block_list") / "_delta_log").glob(f"{1:020}.json")
+    log.write_bytes(log.read_bytes()[:200])
+
+
 def other_features(root, version):
     store = DeltaStore(root)
     row = {**score_row(PLAIN_SCORE), "features": ["similarity"], "coefficients": [1.0]}
@@ -463,6 +468,7 @@ DAMAGE = {
     flatter_codebook: (ArtefactError, r"is not the one of its IDs .* restore that codebook"),
     cut_data_file: (InputError, r"block list ds=2026-03-10, revision 1: a table of it cannot be"),
     drop_data_file: (InputError, r"block list ds=2026-03-10: a table of it cannot be read"),
+    cut_log: (InputError, r"table block_list: its log cannot be read"),
     other_features: (ArtefactError, r"was fitted on similarity, this version of negrec computes"),
     no_score: (MissingError, r"table block_score: no row of ds=2026-03-10"),
     no_ids: (MissingError, r"table item_semantic_id: no item known on ds=2026-03-10"),

@@ -392,6 +392,40 @@ def test_a_file_that_is_not_as_committed_is_one_clear_line(
     assert file in store.files(DAY)
 
 
+def log_entry(store: DeltaStore) -> Path:
+    return store.path(DAY) / "_delta_log" / f"{1:020}.json"
+
+
+def cut_checkpoint(store: DeltaStore) -> None:
+    store.handle(DAY).create_checkpoint()
+    (file,) = store.path(DAY).glob("_delta_log/*.checkpoint.parquet")
+    cut_in_half(file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda store: cut_in_half(log_entry(store)),
+        lambda store: log_entry(store).write_bytes(bytes(100)),
+        lambda store: log_entry(store).unlink(),
+        cut_checkpoint,
+    ],
+    ids=["cut entry", "zeroes", "lost entry", "cut checkpoint"],
+)
+def test_a_damaged_log_is_one_clear_line(store: DeltaStore, damage: Callable[[DeltaStore], None]) -> None:
+    for revision in (1, 2):
+        store.write_arrow(DAY, profiles(D1, "a"), {D1: revision}, NOTHING)
+    damage(store)
+    for use in (
+        lambda: store.read(DAY),
+        lambda: store.revision(DAY, D1),
+        lambda: store.write_arrow(DAY, profiles(D1, "b"), {D1: 3}, NOTHING),
+    ):
+        with pytest.raises(InputError, match=rf"^table {DAY}: its log cannot be read .*; restore ") as raised:
+            use()
+        assert str(raised.value).isprintable()
+
+
 def test_marks_and_failed_attempts_of_spark_are_no_data(store: DeltaStore) -> None:
     run = spread(store, DAY, profiles(D1, "a"))
     (file,) = run.rglob("*.parquet")
@@ -431,7 +465,7 @@ def test_a_table_of_another_release_is_one_clear_line(
         lambda: store.files(DAY),
         lambda: store.write_arrow(DAY, rows, {D1: 2}, NOTHING),
     ):
-        with pytest.raises(InputError, match=r"another release.*mood is absent where string"):
+        with pytest.raises(InputError, match=r"use that release, or import .* --warehouse .*mood is absent"):
             use()
 
 
