@@ -5,6 +5,7 @@ mixed with newer rates or IDs.
 """
 
 import datetime as dt
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from negrec_core.errors import ArtefactError, InputError, MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_categories
 from negrec_core.semantic_ids import load_semantic_ids
+
+log = logging.getLogger("negrec")
 
 _INPUTS = ("block_score", "item_semantic_id", "item_rate", "user_context", "item")
 
@@ -173,6 +176,10 @@ def newest_list(store: DeltaStore, today: dt.date) -> Published:
     version = handle.version()
     held = {partition["ds"] for partition in handle.partitions()}
     days = sorted((day for day in held if day <= today.isoformat()), reverse=True)
+    later = ""
+    if len(days) < len(held):
+        later = f"ds={max(held)} is dated after today, {today}, and not used"
+        log.warning("block list %s", later)
     expired = {}
     for day in days:
         with reading(f"ds={day}"):
@@ -186,7 +193,8 @@ def newest_list(store: DeltaStore, today: dt.date) -> Published:
         expired[day] = expires_on
     if not expired:
         raise MissingError(
-            f"table block_list: nothing was published in {store.root} up to {today}; run `negrec run`"
+            f"table block_list: nothing was published in {store.root} up to {today}"
+            f"{f' ({later})' if later else ''}; run `negrec run`"
         )
     raise MissingError(
         f"table block_list: the newest list, ds={max(expired)}, expired on"

@@ -1,6 +1,7 @@
 import dataclasses
 import datetime as dt
 import inspect
+import logging
 import math
 import shutil
 import subprocess
@@ -310,6 +311,40 @@ def test_the_newest_list_that_holds_is_opened(copy):
         opened(20)
     with pytest.raises(MissingError, match="nothing was published"):
         opened(7)
+
+
+def test_a_list_of_a_later_day_is_refused_with_a_reason_and_the_old_one_stays(copy, caplog):
+    root, version = copy
+    blocks = BlockList.open(root, today=TODAY)
+    served = blocks.snapshot
+    publish(root, version, ITEMS, {"dora": ENTRIES["bob"]}, ds="2027-01-01")
+    with caplog.at_level(logging.WARNING, "negrec"):
+        assert not blocks.refresh()
+    assert blocks.snapshot is served
+    assert f"ds=2027-01-01 is dated after today, {TODAY}, and not used" in caplog.text
+    with pytest.raises(MissingError, match="ds=2027-01-01 is dated after today, 2026-03-01, and not used"):
+        newest_list(DeltaStore(root), dt.date(2026, 3, 1))
+    # On its day it is as good as any.
+    assert blocks.refresh(today=dt.date(2027, 1, 1))
+
+
+def test_a_list_that_is_half_written_is_not_there_yet(copy):
+    """Whole files of which no commit knows, one that is cut, and a log entry that has no name yet."""
+    root, _ = copy
+    store = DeltaStore(root)
+    blocks = BlockList.open(root, today=TODAY)
+    served = blocks.snapshot
+    (whole, *_) = map(Path, store.files("block_list", [DS]))
+    run = store.new_run("block_list") / "ds=2026-03-11" / "bucket=1"
+    run.mkdir(parents=True)
+    shutil.copy(whole, run / "whole.parquet")
+    (run / "cut.parquet").write_bytes(whole.read_bytes()[:99])
+    log = store.path("block_list") / "_delta_log"
+    entry = (log / f"{1:020}.json").read_bytes()
+    (log / f"_commit_{2:020}.json.tmp").write_bytes(entry[: len(entry) // 2])
+    assert not blocks.refresh()
+    assert blocks.snapshot is served
+    assert BlockList.open(root, today=TODAY).snapshot.ds == DS
 
 
 def test_a_list_without_entries_counts_as_absent(copy):
