@@ -42,7 +42,7 @@ test: java lint duckdb
 	$(BIN)/python -m pytest --durations=15
 
 soak: java setup
-	$(BIN)/python -m pytest -k killed --kills $(or $(KILLS),200)
+	$(BIN)/python -m pytest -k 'killed or under_load' --kills $(or $(KILLS),200) --list-users 1000000
 
 tables: java setup
 	$(BIN)/python -m train.tables $(if $(QUICK),--quick)

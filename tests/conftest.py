@@ -31,13 +31,23 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=3, help="drivers and writers to kill -9 (`make soak`: 200)")
+    parser.addoption(
+        "--kills", type=int, default=3, help="drivers, and writers, to kill -9 (`make soak`: 200)"
+    )
+    about = "users of the list that is read under load (`make soak`: a million)"
+    parser.addoption("--list-users", type=int, default=20_000, help=about)
 
 
 @pytest.fixture(scope="session")
 def kills(request: pytest.FixtureRequest) -> int:
     """How many processes a test of `kill -9` kills."""
     return int(request.config.getoption("--kills"))
+
+
+@pytest.fixture(scope="session")
+def list_users(request: pytest.FixtureRequest) -> int:
+    """How many users the list has that is read under load."""
+    return int(request.config.getoption("--list-users"))
 
 
 @pytest.fixture(scope="session")
