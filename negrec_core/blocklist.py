@@ -28,7 +28,6 @@ from negrec_core.snapshot import (
     load_published,
     load_snapshot,
     newest_list,
-    reading,
 )
 
 __all__ = [
@@ -119,7 +118,7 @@ class BlockList:
         if not 0 <= min_page_share <= 1:
             raise InputError(f"min_page_share {min_page_share}: give a share between 0 and 1")
         snapshot = load_snapshot(warehouse, today or _utc_today())
-        exemptions = _load_exemptions(DeltaStore(warehouse))
+        exemptions = load_exemptions(DeltaStore(warehouse))
         return cls(warehouse, snapshot, threshold, min_page_share, today, exemptions)
 
     @property
@@ -211,7 +210,7 @@ class BlockList:
         """
         with self._refreshing:
             store = DeltaStore(self._warehouse)
-            self._exemptions = _load_exemptions(store, self._exemptions)
+            self._exemptions = load_exemptions(store, self._exemptions)
             try:
                 found = newest_list(store, today or self._fixed_today or _utc_today())
                 if (found.ds, found.revision) == (self._snapshot.ds, self._snapshot.revision):
@@ -235,7 +234,7 @@ class BlockList:
         """
         with self._refreshing:
             before = self._exemptions
-            self._exemptions = _load_exemptions(DeltaStore(self._warehouse), before)
+            self._exemptions = load_exemptions(DeltaStore(self._warehouse), before)
             return self._exemptions is not before
 
     def _threshold_in(self, snapshot: Snapshot) -> float:
@@ -249,11 +248,6 @@ def _withdrawn(store: DeltaStore, snapshot: Snapshot) -> bool:
     """Whether a later revision of a list has no entries."""
     later = store.revision("block_list", snapshot.ds) > snapshot.revision
     return later and snapshot.ds not in store.days("block_list")
-
-
-def _load_exemptions(store: DeltaStore, known: Exemptions | None = None) -> Exemptions:
-    with reading("exemptions", "restore the file"):
-        return load_exemptions(store, known)
 
 
 def _utc_today() -> dt.date:

@@ -190,10 +190,19 @@ class DeltaStore:
         days: Sequence[str] | None = None,
         version: int | None = None,
     ) -> pa.Table:
-        """Read columns of the given `ds` partitions (all by default) into memory."""
+        """Read columns of the given `ds` partitions (all by default) into memory.
+
+        Raises:
+            InputError: a data file is gone or damaged.
+        """
         wanted = None if days is None else pc.field("ds").isin(pa.array(days, pa.string()))
         dataset = self.handle(table, version).to_pyarrow_dataset()
-        return dataset.to_table(columns=None if columns is None else list(columns), filter=wanted)
+        try:
+            return dataset.to_table(columns=None if columns is None else list(columns), filter=wanted)
+        except (OSError, pa.ArrowException) as error:
+            self.files(table, days, version, check=True)  # names the file, if it is gone or cut
+            reason = " ".join(str(error).split())
+            raise InputError(f"table {table}: a data file cannot be read ({reason}); {MEND_FILE}") from None
 
     def files(
         self,

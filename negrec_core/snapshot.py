@@ -245,14 +245,17 @@ def load_published(store: DeltaStore, found: Published) -> Snapshot:
 
 
 @contextmanager
-def reading(which: str, mend: str = "restore the file, or publish again with --force") -> Iterator[None]:
+def reading(which: str) -> Iterator[None]:
     """Turn what reading damaged or missing files raises into one line."""
     try:
         yield
     except (OSError, pa.ArrowException, DeltaError) as error:
         # delta-rs colours its messages.
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
-        raise InputError(f"block list {which}: a table of it cannot be read ({reason}); {mend}") from None
+        raise InputError(
+            f"block list {which}: a table of it cannot be read ({reason}); restore the file, or"
+            " publish again with --force"
+        ) from None
 
 
 def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:

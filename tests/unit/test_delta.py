@@ -388,8 +388,20 @@ def test_a_file_that_is_not_as_committed_is_one_clear_line(
     with pytest.raises(InputError, match=rf"table {DAY}: run=.*parquet of ds={D1} {said}; restore") as raised:
         store.files(DAY, check=True)
     assert str(raised.value).isprintable()
+    with pytest.raises(InputError, match=rf"table {DAY}: .* of ds={D1} {said}; restore"):
+        store.read(DAY)
     assert store.files(DAY, [D2], check=True)
     assert file in store.files(DAY)
+    assert store.read(DAY, days=[D2]).num_rows == 1
+
+
+def test_a_file_that_is_spoilt_but_as_long_as_before_is_one_clear_line(store: DeltaStore) -> None:
+    store.write_arrow(DAY, profiles(D1, "a"), {D1: 1}, NOTHING)
+    (file,) = map(Path, store.files(DAY))
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(InputError, match=rf"table {DAY}: a data file cannot be read .*; restore") as raised:
+        store.read(DAY)
+    assert str(raised.value).isprintable()
 
 
 def log_entry(store: DeltaStore) -> Path:
