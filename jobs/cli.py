@@ -15,11 +15,20 @@ from jobs import views
 from jobs.console import console, errors, reporting, set_up_process
 from jobs.context import JobContext, Warehouse
 from jobs.gates import ACCEPTABLE
-from jobs.pipeline import DAILY_STAGES, DATA_STAGES, parse_day, run_day, run_range, run_stage, run_stale
+from jobs.pipeline import (
+    DAILY_STAGES,
+    DATA_STAGES,
+    expected,
+    parse_day,
+    run_day,
+    run_range,
+    run_stage,
+    run_stale,
+)
 from negrec_core import __version__
 from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore
-from negrec_core.errors import ConfigError, NegrecError
+from negrec_core.errors import ConfigError
 from negrec_core.exemptions import end_exemption, exempt
 from negrec_core.mapping import load_mapping
 from negrec_core.resources import resource
@@ -548,11 +557,14 @@ def main() -> None:
     """Entry point: expected failures end with one line and their exit code."""
     try:
         app()
-    except NegrecError as error:
+    except Exception as error:
+        known = expected(error)
+        if known is None:
+            raise
         # Soft: one line stays one line, for those who search the log of a scheduled run.
-        line = f"negrec: {error}"
+        line = f"negrec: {known}"
         errors.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        sys.exit(known.exit_code)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ starts at its first use, so that a command with nothing to do never starts it.
 import datetime as dt
 import functools
 import logging
+import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -231,15 +232,19 @@ def read_files(spark: "SparkSession", store: DeltaStore, table: str, files: Sequ
 
 
 def write_files(frame: "DataFrame", table: str, run: Path) -> None:
-    """Write a frame as sorted Parquet files, partitioned as declared, into a new run directory."""
+    """Write a frame as sorted Parquet files, partitioned as declared, into a new run directory.
+
+    What a write that fails has written is deleted.
+    """
     declared = TABLES[table]
-    (
-        frame.repartition(*declared.partition_by)
-        .sortWithinPartitions(*declared.partition_by, *declared.key)
-        .write.mode("errorifexists")
-        .partitionBy(*declared.partition_by)
-        .parquet(str(run))
+    ordered = frame.repartition(*declared.partition_by).sortWithinPartitions(
+        *declared.partition_by, *declared.key
     )
+    try:
+        ordered.write.mode("errorifexists").partitionBy(*declared.partition_by).parquet(str(run))
+    except BaseException:
+        shutil.rmtree(run, ignore_errors=True)
+        raise
 
 
 def with_partitions(frame: "DataFrame", table: str, ds: str, buckets: int) -> "DataFrame":

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from jobs.console import reporting, set_up_process
 from jobs.context import Warehouse
-from jobs.pipeline import DAILY_STAGES, parse_day, run_day
+from jobs.pipeline import DAILY_STAGES, expected, parse_day, run_day
 from negrec_core.config import load_config
-from negrec_core.errors import NegrecError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,9 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
         with reporting() as reporter:
             ds = parse_day(options.ds).isoformat()
             run_day(warehouse, ds, options.stages.split(","), options.force, reporter, options.accept)
-    except NegrecError as error:
-        print(f"negrec: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        known = expected(error)
+        if known is None:
+            raise
+        print(f"negrec: {known}", file=sys.stderr)
+        return known.exit_code
     return 0
 
 

@@ -5,6 +5,7 @@ import functools
 import importlib
 import re
 import time
+import urllib.parse
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +15,8 @@ from jobs import feedback
 from jobs.context import JobContext, Warehouse, log
 from jobs.gates import check_acceptable
 from jobs.staleness import Stale, stale_partitions
-from negrec_core.errors import ConfigError, ConflictError, NegrecError
+from negrec_core.delta_files import MEND_FILE
+from negrec_core.errors import ConfigError, ConflictError, InputError, MissingError, NegrecError
 from negrec_core.progress import Progress, silent
 
 # Every stage is the module jobs.<name> and writes the table <name>.
@@ -136,7 +138,10 @@ def run_range(
             progress = shown.stage("feedback", f"{missing[0]}..{missing[-1]}")
             ctx = JobContext(warehouse, missing[-1], revision, progress)
             try:
-                _guarded(functools.partial(feedback.run_days, ctx, missing))
+                _guarded(
+                    functools.partial(feedback.run_days, ctx, missing),
+                    f"feedback ds={missing[0]}..{missing[-1]}",
+                )
             except ConflictError:
                 if force or not _overtaken(warehouse, "feedback", missing, revision):
                     raise
@@ -198,28 +203,55 @@ def _in_order(stages: Sequence[str]) -> list[str]:
 
 
 def run_stage(name: str, ctx: JobContext) -> None:
-    """Run one stage; a NegrecError raised in an executor arrives as one here."""
+    """Run one stage; NegrecError for what `expected` knows."""
     run: Callable[[JobContext], None] = importlib.import_module(_module(name)).run
-    _guarded(functools.partial(run, ctx))
+    _guarded(functools.partial(run, ctx), f"{name} ds={ctx.ds}")
 
 
-def _guarded(work: Callable[[], None]) -> None:
+def _guarded(work: Callable[[], None], doing: str) -> None:
     try:
         work()
-    except NegrecError:
-        raise
     except Exception as error:
-        expected = from_executor(str(error))
-        if expected is None:
+        known = expected(error, doing)
+        if known is None or known is error:
             raise
-        raise expected from None
+        raise known from None
 
 
-def from_executor(message: str) -> NegrecError | None:
-    """The NegrecError at the end of a Spark error message, if there is one."""
-    found = re.search(r"negrec_core\.errors\.(\w+): (.+)", message)
+def expected(error: Exception, doing: str = "") -> NegrecError | None:
+    """The NegrecError that an error is, or is at heart; None: it is a bug.
+
+    Spark wraps what an executor raised. A full disk is an error of its own in every library that writes. A
+    data file that is spoilt, and a worker that was killed, are no bugs of ours either.
+
+    Args:
+        error: what was caught.
+        doing: what went on, for an error that does not say.
+    """
+    if isinstance(error, NegrecError):
+        return error
+    found = re.search(r"negrec_core\.errors\.(\w+): (.+)", str(error))
     kind = getattr(errors, found.group(1), None) if found else None
-    return kind(found.group(2)) if found and kind else None
+    if found and kind:
+        return kind(found.group(2))
+    unreadable = re.search(r"FAILED_READ_FILE\S* .*?file:/*(/\S+?)\.?\s", str(error))
+    if unreadable:
+        file = urllib.parse.unquote(unreadable.group(1))
+        return InputError(f"{doing or 'stopped'}: {file} cannot be read; {MEND_FILE}")
+    full = re.search(r"No space left on device|Disk quota exceeded", str(error))
+    if full:
+        return MissingError(
+            f"{doing or 'stopped'}: {full.group()}, of the warehouse or of Spark's temporary files"
+            " (SPARK_LOCAL_DIRS); what was being written was not committed; make room (`negrec vacuum` says"
+            " what could go) and run it again"
+        )
+    if "Python worker exited unexpectedly" in str(error):
+        return NegrecError(
+            f"{doing or 'stopped'}: a worker process of Spark died, most often for want of memory; what was"
+            " being written was not committed; give it memory (less for spark.driver_memory, or fewer cores"
+            " for spark.master) and run it again"
+        )
+    return None
 
 
 def _module(stage: str) -> str:

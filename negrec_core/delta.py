@@ -7,6 +7,7 @@ here: a partition has a revision, recorded as transaction `negrec.<table>.<ds>`,
 raise it.
 """
 
+import contextlib
 import datetime as dt
 import fcntl
 import json
@@ -271,22 +272,26 @@ class DeltaStore:
             ordered = ordered.sort_by([(name, "ascending") for name in declared.key])
         run = self.new_run(table)
         run.mkdir(parents=True)
-        ds_.write_dataset(
-            ordered,
-            run,
-            format="parquet",
-            partitioning=ds_.partitioning(
-                pa.schema([declared.schema.field(n) for n in declared.partition_by]), flavor="hive"
-            ),
-            max_partitions=1 << 20,
-            use_threads=False,  # threads would lose the order
-        )
+        try:
+            ds_.write_dataset(
+                ordered,
+                run,
+                format="parquet",
+                partitioning=ds_.partitioning(
+                    pa.schema([declared.schema.field(n) for n in declared.partition_by]), flavor="hive"
+                ),
+                max_partitions=1 << 20,
+                use_threads=False,  # threads would lose the order
+            )
+        except BaseException:
+            shutil.rmtree(run, ignore_errors=True)  # on a full disk, what is there already is in the way
+            raise
         return self.commit(table, run, revisions, provenance)
 
     def commit(self, table: str, run: Path, revisions: Mapping[str, int], provenance: Provenance) -> int:
         """Check the files of a run directory and replace whole `ds` partitions by them, atomically.
 
-        A run that is refused is deleted.
+        A run that is not committed is deleted.
 
         Args:
             table: table name.
@@ -367,10 +372,11 @@ class DeltaStore:
                         f"table {table}: {run.name} holds other buckets than {bucket}; nothing was committed"
                     )
             return self._commit(declared, adds, filters, transactions, metadata)
-        except NegrecError:
+        except Exception:
             # A run that was committed before must stay, whatever is wrong with this commit.
-            if not any(run in Path(file).parents for file in self.files(table)):
-                shutil.rmtree(run, ignore_errors=True)
+            with contextlib.suppress(NegrecError):
+                if not any(run in Path(file).parents for file in self.files(table)):
+                    shutil.rmtree(run, ignore_errors=True)
             raise
 
     def _commit(

@@ -3,11 +3,13 @@
 import logging
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from disks import SmallDisk
 from hypothesis import settings
 
 from negrec_core.delta import DeltaStore
@@ -65,6 +67,24 @@ def public_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """64 MB in memory; the test is skipped where mounting is not allowed."""
+    disk = SmallDisk(tmp_path / "small disk")
+    disk.root.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk.root)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("a disk that fills up needs the program mount")
+    if mounted.returncode:
+        pytest.skip(f"a disk that fills up cannot be mounted (not root?): {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk.root)], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from jobs.context import JobContext, Warehouse
-from jobs.pipeline import from_executor
+from jobs.pipeline import expected
 from jobs.report import figures
 from jobs.report.markup import Element, el, page
 from jobs.report.sections import SECTIONS, Parts, Report, Section, absent
 from negrec_core.delta import Commit
-from negrec_core.errors import MissingError, NegrecError
+from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, GENERATOR
 from negrec_core.progress import Progress, silent
 
@@ -68,14 +68,11 @@ def _or_why(made: Parts) -> list[Element]:
     found: list[Element] = []
     try:
         found.extend(made)
-    except NegrecError as error:
-        found.append(absent(str(error)))
     except Exception as error:
-        # An executor's failure arrives as Spark's, with ours in its text.
-        expected = from_executor(str(error))
-        if expected is None:
+        known = expected(error)
+        if known is None:
             raise
-        found.append(absent(str(expected)))
+        found.append(absent(str(known)))
     return found
 
 

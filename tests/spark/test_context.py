@@ -1,7 +1,9 @@
 """Spark writes, delta-rs commits, Spark and pyarrow read: the same rows; and what is refused."""
 
 import datetime as dt
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+import jobs.user_context
 from jobs.context import (
     JobContext,
     Warehouse,
@@ -20,9 +23,10 @@ from jobs.context import (
     with_partitions,
     write_files,
 )
+from jobs.pipeline import run_day
 from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore, Provenance
-from negrec_core.errors import ConflictError, InputError, MissingError
+from negrec_core.errors import ConflictError, InputError, MissingError, NegrecError
 from negrec_core.schemas import TABLES
 
 Frame = Callable[..., DataFrame]
@@ -243,3 +247,29 @@ def test_a_window_with_a_day_missing_is_refused(frame: Frame, warehouse: Warehou
     assert sorted(row.ds for row in window.collect()) == [D1, D3]
     late = JobContext(warehouse, D3).read_window("behavior_log", dt.date(2026, 3, 2))
     assert [row.ds for row in late.collect()] == [D3]
+
+
+def test_a_task_that_dies_after_its_rows_is_one_clear_line_and_leaves_nothing(
+    frame: Frame, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the kernel's out-of-memory killer: the worker is gone when all of its rows were taken."""
+    contexts = frame(TABLE, CONTEXTS).drop("ds", "bucket")
+    dying = [True]
+
+    def pass_on(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        yield from batches
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run(ctx: JobContext) -> None:
+        rows = contexts.mapInArrow(pass_on, contexts.schema) if dying else contexts
+        ctx.write(TABLE, rows)
+
+    monkeypatch.setattr(jobs.user_context, "run", run)
+    with pytest.raises(NegrecError, match=rf"{TABLE} ds={D1}: a worker process of Spark died") as raised:
+        run_day(warehouse, D1, [TABLE])
+    assert str(raised.value).isprintable()
+    assert warehouse.store.version(TABLE) == 0
+    assert not list(warehouse.store.path(TABLE).glob("run=*"))
+    dying.clear()
+    run_day(warehouse, D1, [TABLE])
+    assert warehouse.store.read(TABLE).num_rows == len(CONTEXTS)

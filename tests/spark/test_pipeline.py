@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyspark
 import pytest
+from disks import SmallDisk
 from duckdb_reader import plain_rows, read_by_duckdb
 from pyspark.sql import SparkSession
 from typer.testing import CliRunner
@@ -534,6 +535,19 @@ def empty_file(root: Path) -> None:
     day_file(root, "feedback", NEXT_DAY).write_bytes(b"")
 
 
+def spoilt_footer(root: Path) -> None:
+    file = day_file(root, "feedback", NEXT_DAY)
+    file.write_bytes(file.read_bytes()[:-40] + bytes(40))
+
+
+def spoilt_pages(root: Path) -> None:
+    """As long as before and with its footer, but what is between was overwritten."""
+    file = day_file(root, "feedback", NEXT_DAY)
+    whole = file.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    file.write_bytes(whole[:4] + b"\xff" * (len(whole) - footer - 4) + whole[-footer:])
+
+
 def lost_file(root: Path) -> None:
     day_file(root, "feedback", NEXT_DAY).unlink()
 
@@ -546,6 +560,8 @@ FAULTS: list[tuple[Callable[[Path], None], str, type[NegrecError], str]] = [
     (cut_file, "user_context", InputError, rf"table feedback: .* of ds={NEXT_DAY} has .* bytes, not .*"),
     (empty_file, "item_rate", InputError, rf"table feedback: .* of ds={NEXT_DAY} has 0 bytes, not .*"),
     (lost_file, "item_graph", InputError, f"table feedback: .* of ds={NEXT_DAY} is gone; restore"),
+    (spoilt_footer, "user_context", InputError, rf"user_context ds={NEXT_DAY}: /.*\.parquet cannot be read"),
+    (spoilt_pages, "item_rate", InputError, rf"item_rate ds={NEXT_DAY}: /.*\.parquet cannot be read"),
     (nothing, "block_list", MissingError, f"table negative_item_set: no partition ds={NEXT_DAY}; run"),
     (corrupt_weights, "item_semantic_id", ArtefactError, r"generator/.*safetensors differs from its"),
     (lost_manifest, "negative_item_set", MissingError, f"run `negrec train generator --until {NEXT_DAY}`"),
@@ -576,6 +592,37 @@ def test_a_fault_is_one_clear_line_and_yesterdays_list_is_served(
     for blocks in [served] if damage is other_codebook else [served, BlockList.open(fork.root, today=today)]:
         assert blocks.snapshot.ds == DS
         assert (blocks.scores(user, page) == scores).all()
+
+
+def test_on_a_full_disk_a_stage_is_one_clear_line_and_yesterdays_list_is_served(
+    site: Site, small_disk: SmallDisk
+) -> None:
+    """What is there before stays readable without a byte to spare; with room the same run goes on."""
+    full = site.fork(small_disk.root / "warehouse")
+    warehouse = full.open()
+    today = dt.date.fromisoformat(NEXT_DAY)
+    served = BlockList.open(full.root, today=today)
+    stages = ["item_rate", "user_context", "item_semantic_id", "negative_item_set"]
+    run_day(warehouse, NEXT_DAY, stages[:1])
+    before, files = table_versions(warehouse.store), all_files(full.root)
+    for stage in stages[1:]:
+        small_disk.fill()
+        with pytest.raises(MissingError, match=f"{stage} ds={NEXT_DAY}: No space left on device") as raised:
+            run_day(warehouse, NEXT_DAY, stages)
+        assert str(raised.value).isprintable()
+        assert table_versions(warehouse.store) == before
+        assert all_files(full.root) == files
+        assert not served.refresh(today=today)
+        assert BlockList.open(full.root, today=today).snapshot.ds == DS
+        small_disk.make_room()
+        (result,) = run_day(warehouse, NEXT_DAY, [stage])
+        assert result.ran
+        before, files = table_versions(warehouse.store), all_files(full.root)
+    assert [result.ran for result in run_day(warehouse, NEXT_DAY, stages)] == [False] * 4
+
+
+def all_files(root: Path) -> set[Path]:
+    return {path for path in (root / "tables").rglob("*") if path.is_file()}
 
 
 def test_another_codebook_under_the_generators_version_is_refused(fork: Site) -> None:

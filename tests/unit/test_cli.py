@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from jobs import cli, daily
 from jobs.cli import app
-from jobs.pipeline import from_executor
+from jobs.pipeline import expected
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import MissingError
 
@@ -203,6 +203,19 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         cli.main()
 
 
+def test_a_full_disk_is_one_line_whichever_library_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        Path("/dev/full").write_text("x")
+
+    monkeypatch.setattr(cli.views, "show_config", full)
+    code, err = ended(capsys, monkeypatch, "config")
+    assert code == 4
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+
+
 def test_missing_java_is_one_line_with_what_to_install(tmp_path: Path) -> None:
     """In a process of its own, whose PATH is empty; the world and its import need no Java until then."""
     made = CliRunner().invoke(app, ["world", str(tmp_path / "log"), "--users", "5", "--items", "60"])
@@ -269,7 +282,7 @@ negrec_core.errors.MissingError: table item_semantic_id: no item has an ID; run 
 
 
 def test_an_executors_error_arrives_as_itself() -> None:
-    error = from_executor(EXECUTOR_MESSAGE)
+    error = expected(RuntimeError(EXECUTOR_MESSAGE))
     assert type(error) is MissingError
     assert str(error) == "table item_semantic_id: no item has an ID; run the stage item_semantic_id"
 
@@ -279,7 +292,7 @@ def test_an_executors_error_arrives_as_itself() -> None:
     ["java.lang.OutOfMemoryError: heap", "ValueError: no", "negrec_core.errors.NoSuchError: what"],
 )
 def test_other_failures_of_an_executor_stay_what_they_are(message: str) -> None:
-    assert from_executor(message) is None
+    assert expected(RuntimeError(message)) is None
 
 
 @pytest.mark.parametrize(

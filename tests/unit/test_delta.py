@@ -20,6 +20,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
+from disks import SmallDisk
 from duckdb_reader import plain_rows, read_by_duckdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -730,6 +731,37 @@ def test_a_writer_killed_at_any_moment_leaves_whole_commits(store: DeltaStore, k
         assert [commit.days for commit in store.commits(DAY)] == [{D1: n} for n in range(revision, 0, -1)]
     store.write_arrow(DAY, profiles(D1, "last"), {D1: revision + 1}, NOTHING)
     assert users(store) == {D1: ["last"]}
+
+
+# --- a full disk ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["the files", "the commit"])
+def test_on_a_full_disk_nothing_is_published_and_nothing_is_left(
+    fresh: Path, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    store = DeltaStore(shutil.copytree(fresh, small_disk.root / "warehouse"))
+    store.write_arrow(DAY, profiles(D1, "old"), {D1: 1}, NOTHING)
+    kept = runs(store)
+    if at == "the files":
+        small_disk.fill()
+    else:
+        commit = DeltaTable.create_write_transaction
+
+        def filling(*args: Any, **kwargs: Any) -> None:
+            small_disk.fill()
+            commit(*args, **kwargs)
+
+        monkeypatch.setattr(DeltaTable, "create_write_transaction", filling)
+    with pytest.raises(OSError, match="No space left on device"):
+        store.write_arrow(DAY, profiles(D1, *(f"new {n}" for n in range(1000))), {D1: 2}, NOTHING)
+    monkeypatch.undo()
+    assert users(store) == {D1: ["old"]}
+    assert store.revision(DAY, D1) == 1
+    assert runs(store) == kept
+    small_disk.make_room()
+    store.write_arrow(DAY, profiles(D1, "new"), {D1: 2}, NOTHING)
+    assert users(store) == {D1: ["new"]}
 
 
 # --- the log in the long run --------------------------------------------------
