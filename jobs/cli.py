@@ -13,7 +13,7 @@ import typer
 
 from jobs import views
 from jobs.console import console, errors, reporting, set_up_process
-from jobs.context import JobContext, Warehouse
+from jobs.context import Warehouse
 from jobs.gates import ACCEPTABLE
 from jobs.pipeline import (
     DAILY_STAGES,
@@ -22,8 +22,8 @@ from jobs.pipeline import (
     parse_day,
     run_day,
     run_range,
-    run_stage,
     run_stale,
+    run_training_stages,
 )
 from negrec_core import __version__
 from negrec_core.config import load_config
@@ -247,9 +247,7 @@ def _train(ctx: typer.Context, until: str, model: str | None, seed: int, last_st
             raise ConfigError(f"generator.steps has no {last_step}; it is {', '.join(steps)}")
         steps = steps[: steps.index(last_step) + 1]
     with reporting() as reporter:
-        for stage in ("item_semantic_id", *(_STEP_TABLES[step] for step in steps)):
-            revision = warehouse.store.revision(stage, day) + 1
-            run_stage(stage, JobContext(warehouse, day, revision, reporter.stage(stage, day)))
+        run_training_stages(warehouse, day, [_STEP_TABLES[step] for step in steps], reporter)
         manifest = fit(
             warehouse.store,
             warehouse.models,

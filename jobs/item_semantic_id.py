@@ -77,20 +77,41 @@ def first_ids(semantic_ids: "DataFrame", version: str) -> "DataFrame":
 
 
 def run(ctx: JobContext) -> None:
-    """Append: a published ID stays, whatever happens to the item's text or to later days."""
+    """The IDs that a run of this day uses: those of its generator's codebook, or else of the newest."""
+    try:
+        version = open_generator(ctx.warehouse.models, ctx.ds).codebook_manifest.version
+    except MissingError:
+        version = newest(ctx.warehouse.models, CODEBOOK, ctx.ds).version
+    _append(ctx, version)
+
+
+def run_for_training(ctx: JobContext) -> None:
+    """The IDs that a generator is trained on: those of the newest codebook.
+
+    A day whose items all have one stays as it is, so that what was made from it is not outdated.
+    """
+    _append(ctx, newest(ctx.warehouse.models, CODEBOOK, ctx.ds).version, only_new=True)
+
+
+def _append(ctx: JobContext, version: str, only_new: bool = False) -> None:
+    """A published ID stays, whatever happens to the item's text or to later days or codebooks.
+
+    Args:
+        ctx: the run.
+        version: codebook version.
+        only_new: commit nothing where no item lacks an ID and the day was committed before.
+    """
     from pyspark.sql import functions as F
 
     models = ctx.warehouse.models
-    try:
-        version = open_generator(models, ctx.ds).codebook_manifest.version
-    except MissingError:
-        version = newest(models, CODEBOOK, ctx.ds).version
     codebook, _ = open_codebook(models, version)
     ctx.use_model(CODEBOOK, version)
     catalogue = ctx.read_items()
     known = ctx.read("item_semantic_id")
     of_codebook = known.where((F.col("codebook_version") == version) & (F.col("ds") <= ctx.ds))
     unnamed = catalogue.join(of_codebook, "item_id", "left_anti")
+    if only_new and ctx.revision > 1 and unnamed.isEmpty():
+        return
     # A later day may have run before this one: its IDs hold here too.
     later = first_ids(known, version).withColumn("codebook_version", F.lit(version))
     inherited = later.join(unnamed.select("item_id"), "item_id", "left_semi")

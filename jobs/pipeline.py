@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import negrec_core.errors as errors
-from jobs import feedback
+from jobs import feedback, item_semantic_id
 from jobs.context import JobContext, Warehouse, log
 from jobs.gates import check_acceptable
 from jobs.staleness import Stale, stale_partitions
@@ -206,6 +206,26 @@ def run_stage(name: str, ctx: JobContext) -> None:
     """Run one stage; NegrecError for what `expected` knows."""
     run: Callable[[JobContext], None] = importlib.import_module(_module(name)).run
     _guarded(functools.partial(run, ctx), f"{name} ds={ctx.ds}")
+
+
+def run_training_stages(
+    warehouse: Warehouse, ds: str, tables: Sequence[str], reporter: Reporter | None = None
+) -> None:
+    """Make the samples `tables` (of `TRAINING_STAGES`) of one log date anew, and before them the IDs.
+
+    Raises:
+        NegrecError: as `run_day`.
+    """
+    shown = reporter or Quiet()
+
+    def context(table: str) -> JobContext:
+        revision = warehouse.store.revision(table, ds) + 1
+        return JobContext(warehouse, ds, revision, shown.stage(table, ds))
+
+    name_items = functools.partial(item_semantic_id.run_for_training, context("item_semantic_id"))
+    _guarded(name_items, f"item_semantic_id ds={ds}")
+    for table in tables:
+        run_stage(table, context(table))
 
 
 def _guarded(work: Callable[[], None], doing: str) -> None:

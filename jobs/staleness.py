@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from negrec_core.delta import Commit, DeltaStore
+from negrec_core.generator import CODEBOOK
+
+# Here the rows of several codebooks lie side by side, and a commit adds to those of one alone.
+_BY_CODEBOOK = "item_semantic_id"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ def stale_partitions(store: DeltaStore, stages: Sequence[str]) -> list[Stale]:
     """What was made from an older revision than there is now, at first or at second hand.
 
     A partition is stale if a day that it read was committed after it was read, or is stale itself. A list
-    that was withdrawn was made from nothing, and is not.
+    that was withdrawn was made from nothing, and is not. Semantic IDs of another codebook than the one
+    that a partition was made with are none of its business.
 
     Args:
         store: the Delta tables.
@@ -42,8 +47,8 @@ def stale_partitions(store: DeltaStore, stages: Sequence[str]) -> list[Stale]:
     """
 
     @functools.cache
-    def newest(table: str) -> dict[str, Commit]:
-        return _newest_commits(store, table)
+    def newest(table: str, codebook: str | None = None) -> dict[str, Commit]:
+        return _newest_commits(store, table, codebook)
 
     days = sorted({ds for stage in stages for ds in newest(stage)})
     found: dict[tuple[str, str], Stale] = {}
@@ -56,19 +61,21 @@ def stale_partitions(store: DeltaStore, stages: Sequence[str]) -> list[Stale]:
                 if source == stage or not store.exists(source):
                     continue
                 first, last = _window(ds, commit, source)
-                for day, made in newest(source).items():
+                codebook = commit.provenance.models.get(CODEBOOK) if source == _BY_CODEBOOK else None
+                for day, made in newest(source, codebook).items():
                     changed = made.version > version or (source, day) in found
                     if first <= day <= last and changed and (stage, ds) not in found:
                         found[stage, ds] = Stale(stage, ds, source, day, made.days[day])
     return list(found.values())
 
 
-def _newest_commits(store: DeltaStore, table: str) -> dict[str, Commit]:
-    """Day -> the commit that it holds."""
+def _newest_commits(store: DeltaStore, table: str, codebook: str | None) -> dict[str, Commit]:
+    """Day -> the commit that it holds; with a codebook: the newest that is not of another one."""
     found: dict[str, Commit] = {}
     for commit in store.commits(table) if store.exists(table) else ():
-        for day in commit.days:
-            found.setdefault(day, commit)
+        if codebook is None or commit.provenance.models.get(CODEBOOK, codebook) == codebook:
+            for day in commit.days:
+                found.setdefault(day, commit)
     return found
 
 

@@ -105,6 +105,7 @@ def run(ctx: JobContext) -> None:
     from pyspark.sql import functions as F
 
     version = newest(ctx.warehouse.models, CODEBOOK, ctx.ds).version
+    ctx.use_model(CODEBOOK, version)
     rows = training_alignment(
         visible(ctx, ctx.read_window("feedback")),
         first_ids(ctx.read("item_semantic_id").where(F.col("ds") <= ctx.ds), version),

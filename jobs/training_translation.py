@@ -31,5 +31,6 @@ def run(ctx: JobContext) -> None:
     from pyspark.sql import functions as F
 
     version = newest(ctx.warehouse.models, CODEBOOK, ctx.ds).version
+    ctx.use_model(CODEBOOK, version)
     ids = first_ids(ctx.read("item_semantic_id").where(F.col("ds") <= ctx.ds), version)
     ctx.write("training_translation", training_translation(ctx.read_items().select("item_id", "title"), ids))

@@ -31,7 +31,7 @@ from jobs.cli import app
 from jobs.context import JobContext, Warehouse
 from jobs.gates import ACCEPTABLE
 from jobs.import_log import import_log
-from jobs.pipeline import DAILY_STAGES, TRAINING_STAGES, run_day, run_range, run_stage
+from jobs.pipeline import DAILY_STAGES, TRAINING_STAGES, run_day, run_range, run_stage, stale
 from jobs.world import WorldSettings, generate
 from negrec_core.artefacts import MANIFEST
 from negrec_core.blocklist import BlockList
@@ -777,6 +777,37 @@ def test_an_earlier_day_run_later_has_the_ids_of_the_later(fork: Site) -> None:
     found = load_semantic_ids(store, version, DS)
     assert found.items == given.items
     assert (found.codes == given.codes).all()
+
+
+def test_training_anew_outdates_nothing_and_takes_the_newest_codebook(
+    fork: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Warehouse, "spark", fork.spark)
+    warehouse = fork.open()
+    assert stale(warehouse) == []
+    before = rows_of(warehouse.store, "item_semantic_id")
+
+    def train(*arguments: str) -> None:
+        command = ["--warehouse", str(fork.root), *OPTIONS, "train", *arguments, "--until", DS]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+
+    train("generator", "--seed", "8")
+    assert warehouse.store.revision("item_semantic_id", DS) == 1
+    first = open_generator(warehouse.models, DS)
+    train("codebook", "--seed", "8")
+    train("generator", "--seed", "8")
+    second = open_generator(warehouse.models, DS)
+    assert second.codebook_manifest.version == newest(warehouse.models, CODEBOOK, DS).version
+    assert second.codebook_manifest.version != first.codebook_manifest.version
+    after = rows_of(warehouse.store, "item_semantic_id")
+    named = {row["item_id"] for row in after if row["codebook_version"] != first.codebook_manifest.version}
+    assert named == {row["item_id"] for row in before}
+    assert [row for row in after if row in before] == before
+    assert stale(warehouse) == []
+    # The next day has the new model and all its IDs.
+    run_day(warehouse, NEXT_DAY, ["user_context", "item_semantic_id", "negative_item_set"])
+    made = warehouse.store.commit_of("negative_item_set", NEXT_DAY).provenance.models
+    assert made == {GENERATOR: second.manifest.version, CODEBOOK: second.codebook_manifest.version}
 
 
 def test_the_future_reaches_nothing(fork: Site) -> None:

@@ -9,6 +9,7 @@ from warehouses import write_rows
 
 from jobs.staleness import stale_partitions
 from negrec_core.delta import DeltaStore, Provenance
+from negrec_core.generator import CODEBOOK
 
 DAYS = ["2026-03-01", "2026-03-02", "2026-03-03", "2026-03-04"]
 # Table -> what it reads: (source, first day, last day), relative to its own.
@@ -118,6 +119,34 @@ def test_a_withdrawn_list_is_not_stale(store: DeltaStore) -> None:
     assert found(store) == [("block_list", DAYS[0])]
     write_rows(store, "block_list", [], DAYS[0], 2)
     assert found(store) == []
+
+
+def test_ids_of_another_codebook_make_nothing_stale(store: DeltaStore) -> None:
+    """The rows of the codebook that a list was made with are as they were."""
+
+    def add_ids(day: str, codebook: str) -> None:
+        revision = store.revision("item_semantic_id", day) + 1
+        write_rows(store, "item_semantic_id", [], day, revision, Provenance(models={CODEBOOK: codebook}))
+
+    def make_list(codebook: str) -> None:
+        made = Provenance(
+            {"item_semantic_id": store.version("item_semantic_id")},
+            {CODEBOOK: codebook},
+            windows={"item_semantic_id": [None, 0]},
+        )
+        write_rows(store, "block_list", [], DAYS[1], store.revision("block_list", DAYS[1]) + 1, made)
+
+    add_ids(DAYS[0], "one")
+    add_ids(DAYS[1], "one")
+    make_list("one")
+    add_ids(DAYS[1], "two")
+    assert found(store) == []
+    add_ids(DAYS[0], "one")
+    assert found(store) == [("block_list", DAYS[1])]
+    make_list("two")
+    assert found(store) == []
+    add_ids(DAYS[1], "two")
+    assert found(store) == [("block_list", DAYS[1])]
 
 
 def test_commits_of_earlier_releases_count_their_own_day(store: DeltaStore) -> None:
