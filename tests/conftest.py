@@ -34,7 +34,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kills", type=int, default=3, help="drivers, and writers, to kill -9 (`make soak`: 200)"
+        "--kills", type=int, default=30, help="drivers, and writers, to kill -9 (`make soak`: 200)"
     )
     about = "users of the list that is read under load (`make soak`: a million)"
     parser.addoption("--list-users", type=int, default=20_000, help=about)

@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -307,14 +306,21 @@ def test_force_makes_a_second_revision_of_the_same_rows(fork: Site) -> None:
 
 
 @pytest.fixture(scope="module")
-def next_day(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
+def class_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first JVM that makes a day leaves the classes that it loaded, so that others start fast."""
+    return tmp_path_factory.mktemp("jvm") / "classes.jsa"
+
+
+@pytest.fixture(scope="module")
+def next_day(site: Site, class_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The site with the next day's tables too, which spark-submit has made undisturbed."""
     fork = site.fork(tmp_path_factory.mktemp("next_day") / "warehouse")
     submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
     job = Path(jobs.daily.__file__)
     options = ["--warehouse", str(fork.root), *OPTIONS, *MAKE_NEXT_DAY]
+    java = f"{site.config.spark.driver_java_options} -Xlog:disable -XX:ArchiveClassesAtExit={class_archive}"
     done = subprocess.run(
-        [str(submit), "--master", "local[1]", str(job), *options],
+        [str(submit), "--master", "local[1]", "--driver-java-options", java, str(job), *options],
         env={**os.environ, "PYSPARK_PYTHON": sys.executable},
         capture_output=True,
         text=True,
@@ -331,63 +337,60 @@ def test_spark_submit_makes_the_list_of_the_next_day(next_day: Site) -> None:
     assert listed
 
 
-def progress_of_day(root: Path) -> int:
-    """Run directories and commits of all tables: it grows while a day is made."""
-    return sum(1 for pattern in ("*/run=*", "*/_delta_log/*.json") for _ in (root / "tables").glob(pattern))
-
-
-def make_day(root: Path, log: Path, kill_after: int, moment: random.Random) -> bool:
-    """`negrec run` in a process of its own; kill it about when its progress is `kill_after`.
-
-    Half of the times the driver alone dies, and its JVM a little later, half of the times both at once.
+def make_day(root: Path, folder: Path, classes: Path, *death: object) -> bool:
+    """`negrec run` in a process of its own that kills itself as `death` says; see killed_driver.py.
 
     Returns:
         Whether it was killed; else it came to its end.
     """
-    command = [sys.executable, "-m", "jobs.cli", "--warehouse", str(root), *OPTIONS]
-    command += ["run", *MAKE_NEXT_DAY]
-    target = progress_of_day(root) + kill_after
-    with log.open("ab") as out:
-        # Whoever is killed does not clear up.
-        env = {**os.environ, "SPARK_LOCAL_DIRS": str(log.with_name("spark"))}
-        driver = subprocess.Popen(command, cwd=REPO, env=env, stdout=out, stderr=out, start_new_session=True)
-    try:
-        while driver.poll() is None and progress_of_day(root) < target:
-            time.sleep(0.02)
-        end = time.monotonic() + moment.random()
-        while driver.poll() is None and time.monotonic() < end:
-            time.sleep(0.01)
-        if driver.poll() is None:
-            (os.kill if moment.random() < 0.5 else os.killpg)(driver.pid, signal.SIGKILL)
-        returned = driver.wait()
-    finally:
-        if driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGKILL)
-    assert returned in (0, -signal.SIGKILL), log.read_text()[-3000:]
+    java = f"{load_config().spark.driver_java_options} -Xlog:disable -XX:SharedArchiveFile={classes}"
+    command = [sys.executable, str(REPO / "tests" / "spark" / "killed_driver.py"), *map(str, death)]
+    command += ["--warehouse", str(root), *OPTIONS, "--set", f"spark.driver_java_options={java}"]
+    command += ["--set", "spark.driver_memory=1g", "run", *MAKE_NEXT_DAY]
+    # Whoever is killed does not clear up.
+    env = {**os.environ, "SPARK_LOCAL_DIRS": str(folder / "spark"), "PYTHONPATH": str(REPO)}
+    with (folder / "log").open("ab") as out:
+        driver = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=out, stderr=out, start_new_session=True
+        )
+        try:
+            returned = driver.wait(300)
+        finally:
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGKILL)
+    assert returned in (0, -signal.SIGKILL), (folder / "log").read_text()[-3000:]
     return returned != 0
 
 
-def test_a_driver_killed_again_and_again_makes_the_day_as_if_undisturbed(
-    site: Site, next_day: Site, tmp_path: Path, kills: int
+def deaths(seed: int) -> Iterator[tuple[int, float, str]]:
+    """Step of a write, seconds after it, and who dies with the driver; without end.
+
+    A write has four steps and a killed driver starts again behind the last one that was committed, so on
+    average every driver gets a little further than the one before.
+    """
+    draw = random.Random(seed)
+    while True:
+        # At once, within a commit (it takes some milliseconds), or somewhere in the stage that follows.
+        seconds = draw.choice([0.0, draw.uniform(0, 0.01), draw.uniform(0, 2)])
+        yield draw.randint(1, 8), seconds, draw.choice(["alone", "group"])
+
+
+def test_drivers_killed_again_and_again_make_the_day_as_if_undisturbed(
+    site: Site, next_day: Site, class_archive: Path, tmp_path: Path, kills: int
 ) -> None:
-    whole = progress_of_day(next_day.root) - progress_of_day(site.root)
-    moment = random.Random(kills)
     today = dt.date.fromisoformat(NEXT_DAY)
-    while kills > 0:
-        left = min(kills, 4)
-        root = tmp_path / f"{kills} left"
-        killed = site.fork(root)
-        store = killed.open().store
-        ended = False
-        while not ended:
-            # On average the last kill comes near the end of the day.
-            after = moment.randrange(2 * whole // (left + 1)) if left else 1 << 20
-            if make_day(root, tmp_path / "log", after, moment):
-                kills, left = kills - 1, left - 1
-            else:
-                ended = True
+    killed = days = 0
+    drawn = deaths(kills)
+    let_alone = (0, 0, "alone")
+    while killed < kills:
+        days += 1
+        root = tmp_path / f"day {days}"
+        store = site.fork(root).open().store
+        while make_day(root, tmp_path, class_archive, *(next(drawn) if killed < kills else let_alone)):
+            killed += 1
             done = store.revision("block_list", NEXT_DAY)
             assert BlockList.open(root, today=today).snapshot.ds == (NEXT_DAY if done else DS)
+        assert BlockList.open(root, today=today).snapshot.ds == NEXT_DAY
         for stage in NEXT_STAGES:
             made = [commit.days[NEXT_DAY] for commit in store.commits(stage) if NEXT_DAY in commit.days]
             assert made == [1], stage
