@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyspark
 import pytest
 from disks import SmallDisk
-from duckdb_reader import plain_rows, read_by_duckdb
+from other_readers import plain_rows, read_by_duckdb, read_by_log
 from pyspark.sql import SparkSession
 from typer.testing import CliRunner
 from warehouses import save_codebook, small_codebook
@@ -278,11 +278,13 @@ def test_reader_and_list_agree_on_items_of_a_listed_id(site: Site) -> None:
     assert compared > 50
 
 
-def test_duckdb_reads_every_table_as_delta_rs_does(site: Site) -> None:
+def test_others_read_every_table_as_delta_rs_does(site: Site) -> None:
     store = site.open().store
+    rows = {name: plain_rows(store.read(name), table.schema.names) for name, table in TABLES.items()}
+    for name, expected in rows.items():
+        assert plain_rows(read_by_log(store, name), TABLES[name].schema.names) == expected, name
     for name, found in read_by_duckdb(store).items():
-        names = TABLES[name].schema.names
-        assert plain_rows(found, names) == plain_rows(store.read(name), names), name
+        assert plain_rows(found, TABLES[name].schema.names) == rows[name], name
 
 
 def test_a_second_run_does_nothing_and_starts_no_spark(site: Site) -> None:

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
 from disks import SmallDisk
-from duckdb_reader import plain_rows, read_by_duckdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_readers import plain_rows, read_by_duckdb, read_by_log
 
 from negrec_core import schemas
 from negrec_core.delta import Commit, DeltaStore, Provenance, day_range
@@ -938,8 +938,9 @@ def some_rows(table: Table, ds: str, first: int) -> pa.Table:
     return pa.Table.from_pylist([*rows, {**partition, **last}], schema=table.schema)
 
 
-def test_every_table_is_read_by_duckdb_as_it_was_written(store: DeltaStore) -> None:
-    """After days that were replaced, emptied, or committed in shards, and a checkpoint."""
+@pytest.fixture
+def written(store: DeltaStore) -> dict[str, pa.Table]:
+    """What every table holds after days that were replaced, emptied, or committed in shards."""
     expected = {}
     for name, table in TABLES.items():
         store.write_arrow(name, some_rows(table, D1, 0), {D1: 1}, NOTHING)
@@ -951,10 +952,22 @@ def test_every_table_is_read_by_duckdb_as_it_was_written(store: DeltaStore) -> N
         expected[name] = pa.concat_tables([some_rows(table, D1, 3), some_rows(table, D3, 2)])
     commit_shard(store, 7, "x", "a", "b")
     expected[SET] = pa.concat_tables([expected[SET], predictions(D1, 7, "a", "b")])
+    return expected
+
+
+def test_every_table_is_read_by_duckdb_as_it_was_written(
+    store: DeltaStore, written: dict[str, pa.Table]
+) -> None:
     for name, found in read_by_duckdb(store).items():
         names = TABLES[name].schema.names
         assert found.schema.names == names, name
-        assert plain_rows(found, names) == plain_rows(expected[name], names), name
+        assert plain_rows(found, names) == plain_rows(written[name], names), name
+
+
+def test_every_table_is_in_its_log_as_it_was_written(store: DeltaStore, written: dict[str, pa.Table]) -> None:
+    for name, expected in written.items():
+        names = TABLES[name].schema.names
+        assert plain_rows(read_by_log(store, name), names) == plain_rows(expected, names), name
 
 
 # --- the whole against a model ------------------------------------------------
