@@ -1,4 +1,36 @@
-"""Delta rules (DESIGN section 9): faults are really injected, and what was there survives them."""
+"""Delta rules (DESIGN section 9): faults are really injected, and what was there survives them.
+
+The rules, the fault that each guards against, and its tests, here and elsewhere:
+
+1. One Delta implementation, and one transaction with statistics: readers that disagree, lists that are
+   seen in part, rows that a filter loses. test_every_table_is_read_by_duckdb_as_it_was_written,
+   test_every_table_is_in_its_log_as_it_was_written, test_others_read_every_table_as_delta_rs_does,
+   test_a_commit_of_many_days_is_one_version,
+   test_no_filter_loses_rows, test_files_are_as_declared
+2. Whole days are replaced: rows that are there twice, rows of yesterday's run under an empty one.
+   test_any_replacements_equal_a_dict, test_empty_output_replaces_and_counts_as_committed
+3. Revisions: a run that is repeated, or that began before another ended.
+   test_a_revision_that_does_not_rise_is_refused, test_a_stale_handle_loses_the_same_partition,
+   test_a_second_run_does_nothing_and_starts_no_spark, test_force_makes_a_second_revision_of_the_same_rows
+4. Checks before a commit: files that are cut, empty, gone, of another schema or day, keys that repeat.
+   test_a_bad_file_is_refused_and_the_old_rows_stay, test_a_bucket_that_is_no_whole_number_is_refused,
+   test_a_run_directory_that_is_not_there_is_no_empty_output,
+   test_marks_and_failed_attempts_of_spark_are_no_data
+5. Creation by one writer: processes that start at once, a mistyped path.
+   test_processes_that_create_at_once_make_each_table_once, test_a_table_that_was_never_made_is_one_clear_line
+6. Conflicts: writers at once. test_a_stale_handle_is_retried_for_another_partition,
+   test_of_processes_on_one_partition_exactly_one_wins, test_processes_on_different_partitions_all_commit,
+   test_eight_backfills_at_once_commit_each_day_once
+7. No deletion vectors, dates and integers alone: other readers, two spellings of a day.
+   test_protocol_and_partition_values, test_a_day_that_is_no_iso_date_is_refused
+8. Provenance: late data that nobody notices, logs that are cleaned.
+   test_provenance_is_recorded_and_read_back, test_a_commit_says_what_it_was_made_from,
+   test_stale_is_what_read_another_revision_than_there_is,
+   test_old_provenance_and_versions_outlive_a_checkpoint
+9. Shards: a driver that dies. test_generation_goes_on_with_the_shards_that_are_left,
+   test_a_shard_made_anew_from_other_inputs_is_no_longer_done,
+   test_drivers_killed_again_and_again_make_the_day_as_if_undisturbed
+"""
 
 import datetime as dt
 import json
@@ -6,6 +38,7 @@ import logging
 import multiprocessing as mp
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -79,6 +112,14 @@ def runs(store: DeltaStore, table: str = DAY) -> set[str]:
 def log_actions(store: DeltaStore, table: str) -> list[dict[str, Any]]:
     log = sorted((store.path(table) / "_delta_log").glob("*.json"))
     return [json.loads(line) for file in log for line in file.read_text().splitlines()]
+
+
+def test_the_tests_of_every_rule_are_there() -> None:
+    folder = Path(__file__).resolve().parents[1]
+    code = "".join(file.read_text(encoding="utf-8") for file in folder.rglob("test_*.py"))
+    named = re.findall(r"test_\w+", __doc__ or "")
+    assert len(named) > 20
+    assert [name for name in named if f"def {name}(" not in code] == []
 
 
 # --- reading and writing ------------------------------------------------------
