@@ -173,7 +173,7 @@ class BlockList:
         rank = because = reason = None
         if listed:
             unit = snapshot.catalogue.unit[snapshot.items.get(item_id, -1)]
-            cosine = snapshot.sid_unit[snapshot.entries[span]] @ unit
+            cosine = snapshot.entry_units(span) @ unit
             nearest = span.start + int(cosine.argmax())
             rank = int(snapshot.ranks[nearest])
             because = snapshot.because[nearest].as_py()

@@ -6,12 +6,15 @@ mixed with newer rates or IDs.
 
 import datetime as dt
 import logging
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,16 +23,19 @@ import pyarrow.parquet as pq
 from deltalake.exceptions import DeltaError
 
 from negrec_core.block_score import FEATURES, BlockScore, Items, Tally, features
-from negrec_core.codebook import Codebook
+from negrec_core.codebook import Codebook, check_codes
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import ArtefactError, InputError, MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_categories
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.string_index import StringIndex
 
 log = logging.getLogger("negrec")
 
 _INPUTS = ("block_score", "item_semantic_id", "item_rate", "user_context", "item")
+_Value = TypeVar("_Value")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class Snapshot:
         revision: its revision.
         expires_on: first day on which it no longer holds.
         score: the calibrated block score.
+        codebook: quantiser of the IDs.
         users: user id -> row, for users that have entries; these are the first rows.
         others: user id -> row, for users with a context but without entries; these follow.
         starts: int64 [users + 1]; the entries of user row r are `starts[r]:starts[r + 1]`.
@@ -104,7 +111,7 @@ class Snapshot:
         disliked: past dislikes of [users + others + 1]; the last has none.
         liked: past likes of the same.
         tallies: feedback by category of the same.
-        entries: row of `sid_unit` of each entry, int32 [entries].
+        codes: semantic ID of each entry, unsigned [entries, D].
         ranks: rank of each entry, int32 [entries].
         log_probs: float32 [entries].
         because: nearest past dislike of each entry, dictionary array of strings.
@@ -112,21 +119,21 @@ class Snapshot:
         items: item id -> row of `catalogue` and `item_log_odds`.
         catalogue: items + 1; the last is one of which nothing is known.
         item_log_odds: float64 [items + 1]; the last is the prior.
-        sid_unit: unit embeddings of the distinct predicted IDs, float32 [n, dim].
     """
 
     ds: str
     revision: int
     expires_on: dt.date
     score: BlockScore
-    users: dict[str, int]
-    others: dict[str, int]
+    codebook: Codebook
+    users: Mapping[str, int]
+    others: Mapping[str, int]
     starts: np.ndarray
     user_log_odds: np.ndarray
     disliked: History
     liked: History
     tallies: Tallies
-    entries: np.ndarray
+    codes: np.ndarray
     ranks: np.ndarray
     log_probs: np.ndarray
     because: pa.DictionaryArray
@@ -134,7 +141,6 @@ class Snapshot:
     items: dict[str, int]
     catalogue: Items
     item_log_odds: np.ndarray
-    sid_unit: np.ndarray
 
     def features(self, user_id: str, item_ids: Sequence[str]) -> np.ndarray:
         """Block-score features [n, F] of items for a user."""
@@ -143,7 +149,7 @@ class Snapshot:
         user = self._row_of(user_id)
         return features(
             self.catalogue.take(rows),
-            self.sid_unit[self.entries[span]],
+            self.entry_units(span),
             self.log_probs[span],
             self.catalogue.unit[self.disliked.of(user)],
             self.catalogue.unit[self.liked.of(user)],
@@ -158,6 +164,10 @@ class Snapshot:
         """Where the entries of a user are; empty for a user without any."""
         row = self.users.get(user_id)
         return slice(0, 0) if row is None else slice(*self.starts[row : row + 2].tolist())
+
+    def entry_units(self, span: slice) -> np.ndarray:
+        """Unit embeddings of the predicted IDs of some entries, float32 [n, dim]."""
+        return self.codebook.unit(self.codes[span])
 
     def _row_of(self, user_id: str) -> int:
         """Row of a user; that of a user of whom nothing is known is the last."""
@@ -183,8 +193,9 @@ def newest_list(store: DeltaStore, today: dt.date) -> Published:
     expired = {}
     for day in days:
         with reading(f"ds={day}"):
-            expiries = _column(store.files("block_list", [day], version), "expires_on")
-        expires_on = pc.min(expiries).as_py()
+            files = store.files("block_list", [day], version)
+            expiries = _in_parallel(lambda file: pc.min(_read(file, ["expires_on"])[0]).as_py(), files)
+        expires_on = min(filter(None, expiries), default=None)
         if expires_on is None:
             continue
         if expires_on > today:
@@ -279,96 +290,139 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
     rates = store.read("item_rate", ["item_id", "log_odds"], days=[ds], version=inputs["item_rate"])
     log_odds = dict(zip(rates["item_id"].to_pylist(), rates["log_odds"].to_pylist(), strict=True))
     prior = score.prior_log_odds
-    # Column by column: the whole table would take twice the memory.
     files = store.files("block_list", [ds], found.version)
-    names, starts, order = _grouped(_column(files, "user_id"), _column(files, "rank"))
-    categories = load_categories(store, ds, ids.items, inputs["item"])
-    others, user_log_odds, disliked, liked, tallies = _contexts(
-        store.files("user_context", [ds], inputs["user_context"]),
-        names,
-        ids.items,
-        categories.numbers,
-        score,
-    )
     try:
         item_unit = codebook.unit(ids.codes)
-        entries, sid_unit = _distinct(_column(files, "codes", order), codebook)
+        entries = _read_entries(files, codebook)
     except InputError as error:
         raise ArtefactError(
             f"block list ds={ds}: codebook {models[CODEBOOK]} is not the one of its IDs ({error});"
             " restore that codebook"
         ) from None
+    categories = load_categories(store, ds, ids.items, inputs["item"])
+    others, user_log_odds, disliked, liked, tallies = _contexts(
+        store.files("user_context", [ds], inputs["user_context"]),
+        entries.users,
+        ids.items,
+        categories.numbers,
+        score,
+    )
     return Snapshot(
         ds=ds,
         revision=found.revision,
         expires_on=found.expires_on,
         score=score,
-        users={name: row for row, name in enumerate(names)},
-        others={name: row for row, name in enumerate(others, len(names))},
-        starts=starts,
+        codebook=codebook,
+        users=StringIndex(entries.users),
+        others=StringIndex(others, len(entries.users)),
+        starts=entries.starts,
         user_log_odds=user_log_odds,
         disliked=disliked,
         liked=liked,
         tallies=tallies,
-        entries=entries,
-        ranks=_column(files, "rank", order).to_numpy(),
-        log_probs=_column(files, "log_prob", order).to_numpy(),
-        because=_column(files, "because_item_id", order).dictionary_encode().combine_chunks(),
-        reasons=_column(files, "reason_class", order).dictionary_encode().combine_chunks(),
+        codes=entries.codes,
+        ranks=entries.ranks,
+        log_probs=entries.log_probs,
+        because=entries.because,
+        reasons=entries.reasons,
         items=ids.index,
         catalogue=Items(item_unit, categories.of_items).with_unknown(),
         item_log_odds=np.array([*(log_odds.get(item, prior) for item in ids.items), prior]),
-        sid_unit=sid_unit,
     )
 
 
-def _column(files: Sequence[str], name: str, order: np.ndarray | None = None) -> pa.ChunkedArray:
-    """One column of data files (a path for a part of it), one after another; `order` rearranges rows."""
-    parts = [pq.ParquetFile(file).read(columns=[name]) for file in files]
-    column = pa.concat_tables(parts).column(0)
-    return column if order is None else column.take(pa.array(order))
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """The entries of a list or of one file; attributes as those of `Snapshot`.
 
-
-def _grouped(
-    user_ids: pa.ChunkedArray, ranks: pa.ChunkedArray
-) -> tuple[list[str], np.ndarray, np.ndarray | None]:
-    """Users, where the entries of each start (int64 [users + 1]), and the order by user and rank.
-
-    The order is None where rows are in it already: as published they are, and strings are slow to
-    sort.
+    Attributes:
+        users: strings: whose the entries from `starts[r]` to `starts[r + 1]` are.
     """
-    users = user_ids.dictionary_encode().combine_chunks()
-    row = users.indices.to_numpy().astype(np.int64)
-    starts = _starts(np.bincount(row))
-    row <<= 32
-    row += ranks.to_numpy()
-    order = np.argsort(row) if (row[1:] <= row[:-1]).any() else None
-    return users.dictionary.to_pylist(), starts, order
+
+    users: pa.StringArray
+    starts: np.ndarray
+    codes: np.ndarray
+    ranks: np.ndarray
+    log_probs: np.ndarray
+    because: pa.DictionaryArray
+    reasons: pa.DictionaryArray
 
 
-def _distinct(codes: pa.ChunkedArray, codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
-    """Row int32 [n] of each ID among the distinct ones, and the unit embeddings of those."""
-    lengths = pc.unique(pc.list_value_length(codes)).to_pylist()
-    if lengths != [codebook.levels]:
-        raise InputError(f"IDs of {lengths} codes where it has {codebook.levels} levels")
-    flat = pc.list_flatten(codes).to_numpy().reshape(-1, codebook.levels)
-    row = np.zeros(len(flat), np.int64)
-    for level in range(codebook.levels):
-        # Numbering the prefixes anew at each level keeps the keys small, however many levels.
-        keys = pa.array((row << 32) + flat[:, level]).dictionary_encode()
-        row = keys.indices.to_numpy().astype(np.int64)
-    some_entry = np.empty(len(keys.dictionary), np.int64)
-    some_entry[row] = np.arange(len(row))
-    return row.astype(np.int32), codebook.unit(flat[some_entry])
+def _read_entries(files: Sequence[str], codebook: Codebook) -> _Entries:
+    """All entries, by user and rank; InputError for an ID that the codebook does not have."""
+    parts = _in_parallel(lambda file: _entries_of_file(file, codebook), files)
+    runs = pa.concat_arrays([part.users for part in parts]).dictionary_encode()
+    lengths = np.concatenate([np.diff(part.starts) for part in parts])
+    whole = _Entries(
+        runs.dictionary,
+        _starts(lengths),
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.ranks for part in parts]),
+        np.concatenate([part.log_probs for part in parts]),
+        pa.chunked_array([part.because for part in parts]).unify_dictionaries().combine_chunks(),
+        pa.chunked_array([part.reasons for part in parts]).unify_dictionaries().combine_chunks(),
+    )
+    rising = whole.ranks[1:] > whole.ranks[:-1]
+    rising[whole.starts[1:-1] - 1] = True  # from one user to the next
+    if len(runs.dictionary) == len(runs) and rising.all():
+        return whole  # as published it is in order
+    row = np.repeat(runs.indices.to_numpy(), lengths)
+    order = np.lexsort((whole.ranks, row))
+    taken = pa.array(order)
+    return _Entries(
+        whole.users,
+        _starts(np.bincount(row)),
+        whole.codes[order],
+        whole.ranks[order],
+        whole.log_probs[order],
+        whole.because.take(taken),
+        whole.reasons.take(taken),
+    )
+
+
+def _entries_of_file(file: str, codebook: Codebook) -> _Entries:
+    """Entries as they lie in a file; a user occurs once for every run of rows."""
+    strings = ("user_id", "because_item_id", "reason_class")
+    rows = _read(file, [*strings, "codes", "rank", "log_prob"], strings).unify_dictionaries()
+    users, because, reasons = (rows[name].combine_chunks() for name in strings)
+    row = users.indices.to_numpy()
+    first = np.flatnonzero(np.concatenate([np.ones(1, bool), row[1:] != row[:-1]]))
+    lists = rows["codes"].combine_chunks()
+    if not (pc.list_value_length(lists).to_numpy(zero_copy_only=False) == codebook.levels).all():
+        raise InputError(f"IDs of other lengths where it has {codebook.levels} levels")
+    codes = pc.list_flatten(lists).to_numpy().reshape(-1, codebook.levels)
+    if codes.min() < 0 or (codes.max(axis=0) >= codebook.code_counts).any():
+        check_codes(codes, codebook.code_counts)  # names the row; too slow for all lists
+    return _Entries(
+        users.dictionary.take(pa.array(row[first])),
+        np.append(first, len(row)),
+        codes.astype(np.min_scalar_type(max(codebook.code_counts) - 1)),
+        rows["rank"].to_numpy(),
+        rows["log_prob"].to_numpy(),
+        because,
+        reasons,
+    )
+
+
+def _in_parallel(make: Callable[[_Value], _Result], values: Sequence[_Value]) -> list[_Result]:
+    """What is made of each value, one on each core at a time; Arrow and numpy let threads do so."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(make, values))
+
+
+def _read(file: str, columns: Sequence[str], as_dictionaries: Sequence[str] = ()) -> pa.Table:
+    """Columns of a data file (a path for a part of one), some strings as dictionaries."""
+    opened = pq.ParquetFile(file, read_dictionary=list(as_dictionaries))
+    return opened.read(columns=list(columns), use_threads=False)
 
 
 def _contexts(
     files: Sequence[str],
-    listed: list[str],
+    listed: pa.StringArray,
     items: list[str],
     category_numbers: dict[str, tuple[int, int]],
     score: BlockScore,
-) -> tuple[list[str], np.ndarray, History, History, Tallies]:
+) -> tuple[pa.StringArray, np.ndarray, History, History, Tallies]:
     """What `user_context` knows: other users than the listed; log odds, dislikes, likes and tallies of all.
 
     Rows are those of `Snapshot`: the listed users, the others, and one for a user who is not known.
@@ -377,48 +431,85 @@ def _contexts(
         starts, empty = np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32)
         nothing = History(starts, empty)
         no_tally = Tallies(starts, np.zeros((0, 2), np.int32), empty, empty)
-        return [], np.full(len(listed) + 1, score.prior_log_odds), nothing, nothing, no_tally
-    users = _column(files, "user_id")
-    row = pc.index_in(pa.array(listed, users.type), users)
-    other = pc.indices_nonzero(pc.invert(pc.is_in(users, pa.array(listed, users.type))))
-    # A null index takes a null: no counts and no items.
-    order = pa.concat_arrays([row, other.cast(pa.int32()), pa.nulls(1, pa.int32())])
-    counts = [
-        _column(files, name).take(order).fill_null(0).to_numpy() for name in ("n_negatives", "n_positives")
-    ]
+        return listed[:0], np.full(len(listed) + 1, score.prior_log_odds), nothing, nothing, no_tally
+    # Only the ids of the lists: their times and reasons are most of their size.
+    columns = ["user_id", "n_negatives", "n_positives", "categories"]
+    columns += ["negatives.list.element.item_id", "positives.list.element.item_id"]
+    paths = ["categories.list.element.category"]
+    parts = _in_parallel(lambda file: _read(file, columns, paths), files)
+
+    def column(name: str) -> pa.ChunkedArray:
+        return pa.chunked_array([chunk for part in parts for chunk in part[name].chunks])
+
+    users = column("user_id")
+    row = pc.index_in(listed, users).fill_null(-1).to_numpy()
+    other = np.ones(len(users), bool)
+    other[row[row >= 0]] = False
+    # The last is where nobody is.
+    order = np.concatenate([row, np.flatnonzero(other), [-1]])
+    counts = []
+    for name in ("n_negatives", "n_positives"):
+        count = column(name).fill_null(0).to_numpy()
+        counts.append(np.where(order >= 0, count[order], 0))
     known = pa.array(items, pa.string())
+    liked, disliked = _in_parallel(
+        lambda name: _history(column(name), known, order), ("positives", "negatives")
+    )
     return (
-        users.take(other).to_pylist(),
+        users.filter(pa.array(other)).combine_chunks(),
         score.user_log_odds(*counts),
-        # Only the ids: the lists' times and reasons are most of their size.
-        _history(_column(files, "negatives.list.element.item_id"), known, order),
-        _history(_column(files, "positives.list.element.item_id"), known, order),
-        _tallies(_column(files, "categories"), category_numbers, order),
+        disliked,
+        liked,
+        _tallies(column("categories"), category_numbers, order),
     )
 
 
-def _history(lists: pa.ChunkedArray, known: pa.Array, order: pa.Array) -> History:
+def _history(lists: pa.ChunkedArray, known: pa.Array, order: np.ndarray) -> History:
     """The items of lists that have an ID, as rows among the known; lists in the given order."""
-    whole = lists.combine_chunks()
-    row = pc.index_in(pc.struct_field(pc.list_flatten(whole), "item_id"), known)
-    owner = pc.list_parent_indices(whole).filter(row.is_valid()).to_numpy()
-    starts = _starts(np.bincount(owner, minlength=len(whole)))
-    ordered = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), row.drop_null()).take(order)
-    lengths = pc.list_value_length(ordered).fill_null(0)
-    return History(_starts(lengths.to_numpy()), pc.list_flatten(ordered).to_numpy())
+    items = pa.chunked_array([pc.struct_field(pc.list_flatten(chunk), "item_id") for chunk in lists.chunks])
+    row = pc.index_in(items, known).fill_null(-1).to_numpy()
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(row >= 0)])
+    starts, place = _reordered(before[_list_starts(lists)], order)
+    return History(starts, row[row >= 0][place])
 
 
-def _tallies(lists: pa.ChunkedArray, numbers: dict[str, tuple[int, int]], order: pa.Array) -> Tallies:
+def _tallies(lists: pa.ChunkedArray, numbers: dict[str, tuple[int, int]], order: np.ndarray) -> Tallies:
     """Lists of category counts in the given order; a category that no item has any more gets -1."""
-    ordered = lists.combine_chunks().take(order)
-    counts = pc.list_flatten(ordered)
-    paths = pc.struct_field(counts, "category").dictionary_encode()
-    of_path = np.array([numbers.get(path, (-1, -1)) for path in paths.dictionary.to_pylist()], np.int32)
-    negatives, positives = (
-        pc.struct_field(counts, name).to_numpy() for name in ("n_negatives", "n_positives")
+    categories, negatives, positives = [], [], []
+    for chunk in lists.chunks:
+        counts = pc.list_flatten(chunk)
+        paths = pc.struct_field(counts, "category")
+        of_path = np.array(
+            [numbers.get(path, (-1, -1)) for path in paths.dictionary.to_pylist()], np.int32
+        ).reshape(-1, 2)
+        categories.append(of_path[paths.indices.to_numpy()])
+        negatives.append(pc.struct_field(counts, "n_negatives").to_numpy())
+        positives.append(pc.struct_field(counts, "n_positives").to_numpy())
+    starts, place = _reordered(_list_starts(lists), order)
+    return Tallies(
+        starts,
+        np.concatenate(categories)[place],
+        np.concatenate(negatives)[place],
+        np.concatenate(positives)[place],
     )
-    starts = _starts(pc.list_value_length(ordered).fill_null(0).to_numpy())
-    return Tallies(starts, of_path.reshape(-1, 2)[paths.indices.to_numpy()], negatives, positives)
+
+
+def _list_starts(lists: pa.ChunkedArray) -> np.ndarray:
+    """Where each list starts among the elements of all, and the end: int64 [n + 1]."""
+    return _starts(pc.list_value_length(lists).fill_null(0).to_numpy())
+
+
+def _reordered(starts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lists that begin at `starts`, in another order; -1 stands for an empty one.
+
+    Returns:
+        Where they start then, int64 [n + 1], and where each of their elements is now, int64 [elements].
+    """
+    lengths = np.diff(starts, append=starts[-1:])[order]
+    after = _starts(lengths)
+    place = np.repeat(starts[order] - after[:-1], lengths)
+    place += np.arange(after[-1])
+    return after, place
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -783,8 +783,8 @@ def test_ids_of_many_levels_are_told_apart(tmp_path):
     items = {f"i{n:02d}": row for n, row in enumerate(rows)}
     publish(tmp_path, manifest.version, items, {"ann": [Entry(row) for row in rows]})
     snapshot = load_snapshot(tmp_path, TODAY)
-    assert len(snapshot.sid_unit) == 49
-    np.testing.assert_array_equal(snapshot.sid_unit[snapshot.entries], codebook.unit(codes))
+    np.testing.assert_array_equal(snapshot.codes, codes)
+    np.testing.assert_array_equal(snapshot.entry_units(snapshot.span("ann")), codebook.unit(codes))
 
 
 def test_the_reader_needs_no_pandas(warehouse):
