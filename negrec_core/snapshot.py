@@ -252,7 +252,10 @@ def load_block_score(store: DeltaStore, ds: str, version: int) -> tuple[BlockSco
 def load_published(store: DeltaStore, found: Published) -> Snapshot:
     """Load a list that `newest_list` found; raises as `BlockList.open`."""
     with reading(f"ds={found.ds}, revision {found.revision}"):
-        return _read_snapshot(store, found)
+        snapshot = _read_snapshot(store, found)
+    # What reading took beside it, as much again, would otherwise stay with Arrow.
+    pa.default_memory_pool().release_unused()
+    return snapshot
 
 
 @contextmanager
@@ -391,7 +394,8 @@ def _entries_of_file(file: str, codebook: Codebook) -> _Entries:
     if not (pc.list_value_length(lists).to_numpy(zero_copy_only=False) == codebook.levels).all():
         raise InputError(f"IDs of other lengths where it has {codebook.levels} levels")
     codes = pc.list_flatten(lists).to_numpy().reshape(-1, codebook.levels)
-    if codes.min() < 0 or (codes.max(axis=0) >= codebook.code_counts).any():
+    largest = [codes[:, level].max() for level in range(codebook.levels)]
+    if codes.min() < 0 or (np.array(largest) >= codebook.code_counts).any():
         check_codes(codes, codebook.code_counts)  # names the row; too slow for all lists
     return _Entries(
         users.dictionary.take(pa.array(row[first])),
@@ -435,8 +439,8 @@ def _contexts(
     # Only the ids of the lists: their times and reasons are most of their size.
     columns = ["user_id", "n_negatives", "n_positives", "categories"]
     columns += ["negatives.list.element.item_id", "positives.list.element.item_id"]
-    paths = ["categories.list.element.category"]
-    parts = _in_parallel(lambda file: _read(file, columns, paths), files)
+    strings = [*columns[-2:], "categories.list.element.category"]
+    parts = _in_parallel(lambda file: _read(file, columns, strings), files)
 
     def column(name: str) -> pa.ChunkedArray:
         return pa.chunked_array([chunk for part in parts for chunk in part[name].chunks])
@@ -467,7 +471,8 @@ def _contexts(
 def _history(lists: pa.ChunkedArray, known: pa.Array, order: np.ndarray) -> History:
     """The items of lists that have an ID, as rows among the known; lists in the given order."""
     items = pa.chunked_array([pc.struct_field(pc.list_flatten(chunk), "item_id") for chunk in lists.chunks])
-    row = pc.index_in(items, known).fill_null(-1).to_numpy()
+    items = items.unify_dictionaries().combine_chunks()
+    row = pc.index_in(items.dictionary, known).fill_null(-1).to_numpy()[items.indices.to_numpy()]
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(row >= 0)])
     starts, place = _reordered(before[_list_starts(lists)], order)
     return History(starts, row[row >= 0][place])
