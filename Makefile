@@ -19,13 +19,14 @@ ifneq ($(shell $(BIN)/python -c 'print(open("$(PACKAGES)").read())' 2>/dev/null)
 .PHONY: $(PACKAGES)
 endif
 
-.PHONY: help demo test soak tables lint setup recbole duckdb clean java
+.PHONY: help demo test soak bench tables lint setup recbole duckdb clean java
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   set up, then run the whole pipeline on made-up data (negrec demo)"
 	@echo "make test   set up, then run the linters, the type checker and all tests"
 	@echo "make soak   kill -9 drivers and writers at random moments, KILLS=200 of each (about two hours)"
+	@echo "make bench  measure speeds (hours; QUICK=1: minutes; ONLY=swing: one of them): tests/bench/RESULTS.md"
 	@echo "make tables train and judge on every public data set (hours; QUICK=1: minutes): train/RESULTS.md"
 	@echo "make lint   the linters and the type checker alone"
 	@echo "make setup  the environment alone: $(VENV), from conf/lock/$(LOCK).txt"
@@ -43,6 +44,9 @@ test: java lint duckdb
 
 soak: java setup
 	$(BIN)/python -m pytest -k 'killed or under_load' --kills $(or $(KILLS),200) --list-users 1000000
+
+bench: java setup
+	$(BIN)/python tests/bench/run.py $(if $(QUICK),--quick) $(ONLY)
 
 tables: java setup
 	$(BIN)/python -m train.tables $(if $(QUICK),--quick)

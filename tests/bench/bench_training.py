@@ -1,17 +1,16 @@
 """Rollouts and rewards of GRPO: IDs per second beside Hugging Face's constrained generate on the same model.
 
-    python tests/bench/bench_training.py [--presets tiny small] [--prompts 32] [--group 8]
+    python tests/bench/bench_training.py [--quick] [--presets tiny small] [--prompts 32] [--group 8]
 
-Medians of `--rounds` rounds in which the two take turns. Nothing is asserted: machines differ.
+Medians of `--rounds` rounds in which they take turns.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from common import Table, medians
 from transformers import GenerationConfig
 
 from negrec_core.beam.torch_engine import TorchBeamEngine
@@ -25,18 +24,20 @@ ITEMS, CODES, LATENT = 10_000, 128, 32
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    arguments.add_argument("--quick", action="store_true")
     arguments.add_argument("--presets", nargs="+", default=["tiny", "small"])
     arguments.add_argument("--prompts", type=int, default=32)
     arguments.add_argument("--group", type=int, default=8)
     arguments.add_argument("--rounds", type=int, default=5)
     options = arguments.parse_args()
+    if options.quick:
+        options.presets, options.prompts, options.rounds = ["tiny"], 8, 1
     rng = np.random.default_rng(0)
     words = tuple(rng.normal(size=(CODES, LATENT)).astype(np.float32) for _ in range(3))
     codebook = Codebook((), words)
     codes = np.unique(rng.integers(CODES, size=(ITEMS, 3)), axis=0).astype(np.int32)
     trie = Trie.build(codes, codebook.code_counts)
-    print(f"{len(codes)} legal IDs of {CODES} codes per level; {torch.get_num_threads()} threads")
     for preset in options.presets:
         _rollouts(preset, codebook, codes, trie, options, rng)
     _rewards(codebook, codes, rng, options.rounds)
@@ -81,7 +82,7 @@ def _rollouts(
         )
 
     assert len({len(p) for p in prompts}) == 1
-    seconds = _medians(
+    seconds = medians(
         {
             "independent": lambda: engine.sample(prompts, trie, options.group, generator, distinct=False),
             "distinct": lambda: engine.sample(prompts, trie, options.group, generator, distinct=True),
@@ -91,12 +92,11 @@ def _rollouts(
     )
     n, baseline = options.prompts * options.group, seconds["Hugging Face generate"]
     size = model.num_parameters() / 1e6
-    print(
-        f"\n{preset} ({size:.1f}M), {options.prompts} prompts of {len(prompts[0])} tokens,"
-        f" groups of {options.group}"
-    )
+    workload = f"rollouts, {preset} ({size:.1f}M), {options.prompts} prompts of {len(prompts[0])} tokens"
+    table = Table("training", f"{workload}, groups of {options.group}, {len(codes):,} legal IDs")
     for name, took in seconds.items():
-        print(f"  {name:24s}{n / took:10.0f} IDs/s   {baseline / took:6.1f}x")
+        table.add(name, f"{n / took:.0f} IDs/s", f"{baseline / took:.1f} times Hugging Face")
+    table.print()
 
 
 def _rewards(codebook: Codebook, codes: np.ndarray, rng: np.random.Generator, rounds: int) -> None:
@@ -128,22 +128,13 @@ def _rewards(codebook: Codebook, codes: np.ndarray, rng: np.random.Generator, ro
     work: dict[str, Callable[[], object]] = {
         f"scheme {s}": lambda r=r: r(generated, owner) for s, r in rewards.items()
     }
-    seconds = _medians({**work, "loop over targets (c)": loop}, rounds)
-    print(f"\nreward of {batch} completions, 60 negatives and 30 positives each")
+    seconds = medians({**work, "loop over targets (c)": loop}, rounds)
+    table = Table("training", f"reward of {batch} completions, 60 negatives and 30 positives each")
     for name, took in seconds.items():
-        print(f"  {name:24s}{1000 * took:10.2f} ms     {seconds['loop over targets (c)'] / took:6.1f}x")
-
-
-def _medians(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taking turns; the first round warms up."""
-    took: dict[str, list[float]] = {name: [] for name in work}
-    for round_ in range(rounds + 1):
-        for name, run in work.items():
-            begin = time.perf_counter()
-            run()
-            if round_:
-                took[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in took.items()}
+        table.add(
+            name, f"{1000 * took:.2f} ms", f"{seconds['loop over targets (c)'] / took:.1f} times the loop"
+        )
+    table.print()
 
 
 if __name__ == "__main__":
