@@ -1,7 +1,8 @@
 """Stage `block_score`: fit the block score and its threshold on held-back feedback (DESIGN section 8).
 
 Users that no model was trained on are put back to an earlier anchor; the generator predicts for them
-from what was known then, and what they did next is what the score is fitted to.
+from what was known then, and what they did next is what the score is fitted to. Before it, the order that
+chooses predicted sets is fitted to the same.
 """
 
 import datetime as dt
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.anchors import before, held_out, last_dislike_anchors, visible
 from jobs.context import JobContext, log
 from jobs.generation import GenerationTask, generate, generation_task
 from jobs.item_rate import item_rate
-from jobs.user_context import user_context, with_categories
+from jobs.predicted_sets import SET_SCHEMA, Market, fit_order, recent_counts, set_rows, users_of
+from jobs.user_context import user_context, with_categories, with_newcomers
 from negrec_core.block_score import (
     FEATURES,
     BlockScore,
@@ -35,6 +38,7 @@ from negrec_core.generator import CODEBOOK, GENERATOR, Generator, open_generator
 from negrec_core.items import load_categories
 from negrec_core.schemas import BLOCK_SCORE
 from negrec_core.semantic_ids import SemanticIds, load_semantic_ids
+from negrec_core.set_order import SET_FEATURES, SetOrder
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -96,18 +100,25 @@ def calibration_anchors(ctx: JobContext, feedback: "DataFrame") -> "DataFrame":
     return last_dislike_anchors(chosen, settings.days)
 
 
-def collect_calibration(ctx: JobContext, feedback: "DataFrame", generator: Generator) -> Calibration:
-    """Predict for the held-out users at their calibration anchors and look at what came after."""
+def collect_calibration(
+    ctx: JobContext, feedback: "DataFrame", generator: Generator
+) -> tuple[Calibration, SetOrder]:
+    """Predict for the held-out users at their calibration anchors and look at what came after.
+
+    The order that their sets were chosen by is fitted to the same labels; it goes with them.
+    """
     task = generation_task(ctx.store, generator, ctx.ds, ctx.config.generation)
-    held_back = _held_back(ctx, feedback, task)
     ids = load_semantic_ids(ctx.store, task.codebook_version, ctx.ds, task.ids_version)
+    held_back, order = _held_back(ctx, feedback, task, ids)
     categories = load_categories(ctx.store, ctx.ds, ids.items, ctx.pin("item")["item"])
     items = Items(generator.codebook.unit(ids.codes), categories.of_items)
     pseudo_events = ctx.config.calibration.rate_pseudo_events
-    return _features_of(held_back, ids, items, categories.numbers, generator.codebook, pseudo_events)
+    return _features_of(held_back, ids, items, categories.numbers, generator.codebook, pseudo_events), order
 
 
-def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> HeldBack:
+def _held_back(
+    ctx: JobContext, feedback: "DataFrame", task: GenerationTask, ids: SemanticIds
+) -> tuple[HeldBack, SetOrder]:
     from pyspark.sql import functions as F
 
     settings = ctx.config.calibration
@@ -121,7 +132,8 @@ def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> 
     )
     window = ctx.config.window_days
     contexts = user_context(past, chosen, ctx.config.context, window)
-    contexts = with_categories(contexts, past, ctx.read_items(), window).persist()
+    contexts = with_categories(contexts, past, ctx.read_items(), window)
+    contexts = with_newcomers(contexts, chosen).persist()
     labels = (
         feedback.join(chosen, "user_id")
         .where(F.col("event_time") > F.col("anchor_time"))
@@ -130,16 +142,33 @@ def _held_back(ctx: JobContext, feedback: "DataFrame", task: GenerationTask) -> 
     )
     item_ids = [F.col(f"{column}.item_id").alias(column) for column in ("negatives", "positives")]
     events = {row["polarity"]: row["count"] for row in past.groupBy("polarity").count().collect()}
+    known = labels.toArrow()
+    rates = item_rate(past, settings.rate_pseudo_events).toArrow()
+    recent = recent_counts(past, contexts, ctx.config.generation.recent_days).toArrow()
+    market = Market.of(ids, rates, recent, settings.rate_pseudo_events, ctx.config.generation.popular_ids)
+    users = users_of(generate(contexts, task), contexts, past).toArrow().sort_by("user_id").to_pylist()
+    order = fit_order(users, known, market)
+    found = contexts.select("user_id", *item_ids, "n_negatives", "n_positives", "categories").toArrow()
+    if ctx.config.anchors == "end_of_day":
+        # Such a day has no list for users without feedback.
+        found = found.filter(pc.greater(pc.add(found["n_negatives"], found["n_positives"]), 0))
+    listed = set(found["user_id"].to_pylist())
+    sets = [
+        row
+        for user in users
+        if user["user_id"] in listed
+        for row in set_rows(user, market, order, ctx.config.generation)
+    ]
     held_back = HeldBack(
-        labels=labels.toArrow(),
-        predictions=generate(contexts, task).toArrow(),
-        contexts=contexts.select("user_id", *item_ids, "n_negatives", "n_positives", "categories").toArrow(),
-        rates=item_rate(past, settings.rate_pseudo_events).select("item_id", "log_odds").toArrow(),
+        labels=known,
+        predictions=pa.Table.from_pylist(sets, SET_SCHEMA),
+        contexts=found,
+        rates=rates,
         prior_log_odds=float(np.log((events.get(-1, 0) + 1) / (events.get(1, 0) + 1))),
     )
     for frame in (anchors, past, chosen, contexts):
         frame.unpersist()
-    return held_back
+    return held_back, order
 
 
 def _features_of(
@@ -240,7 +269,7 @@ def run(ctx: JobContext) -> None:
     ctx.require("item_semantic_id", [ctx.ds])
     ctx.read("item_semantic_id", [ctx.ds])
     feedback = visible(ctx, ctx.read_window("feedback"))
-    calibration = collect_calibration(ctx, feedback, generator)
+    calibration, order = collect_calibration(ctx, feedback, generator)
     score = fit(calibration, ctx.config.calibration)
     scores = score.score(calibration.features)
     liked, disliked = scores[~calibration.disliked], scores[calibration.disliked]
@@ -253,6 +282,8 @@ def run(ctx: JobContext) -> None:
         "likes_blocked": float(np.mean(liked >= score.threshold)),
         "dislikes_blocked": float(np.mean(disliked >= score.threshold)),
         "curve": [vars(point) for point in points],
+        "set_features": list(SET_FEATURES),
+        "set_weights": order.weights.tolist(),
         "prior_log_odds": score.prior_log_odds,
         "pseudo_events": score.pseudo_events,
         "n_users": calibration.n_users,

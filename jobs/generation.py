@@ -1,4 +1,4 @@
-"""Batched beam search in Spark executors: contexts -> predicted semantic IDs (DESIGN section 6)."""
+"""Batched beam search in Spark executors: contexts -> the likeliest semantic IDs (DESIGN section 6)."""
 
 import os
 import time
@@ -84,7 +84,7 @@ def generation_task(
 def generate(
     contexts: "DataFrame", task: GenerationTask, seconds: "Accumulator[float] | None" = None
 ) -> "DataFrame":
-    """Predicted semantic IDs of every context row, as in `negative_item_set`.
+    """The beams of every context row, as in `negative_item_set_shard`.
 
     Args:
         contexts: (user_id, negatives, positives), one row per user.
@@ -111,10 +111,7 @@ def generate(
 
 
 def predict_batch(batch: pa.RecordBatch, loaded: _Loaded, task: GenerationTask) -> pa.RecordBatch:
-    """The best new predictions of each user, ranked from 1.
-
-    IDs of the dislikes in the context are left out: they are known, and a set has few places.
-    """
+    """The beams of each user, ranked from 1, without the dislikes in the context: they are known."""
     settings = task.settings
     rows = batch.to_pylist()
     events = [context_events(row["negatives"], row["positives"], loaded.sid_of_item) for row in rows]
@@ -126,15 +123,14 @@ def predict_batch(batch: pa.RecordBatch, loaded: _Loaded, task: GenerationTask) 
         known = [loaded.leaf_of_sid[event.sid] for event in past if event.disliked]
         new[user] &= ~np.isin(leaves.reshape(new.shape)[user], known)
     rank = new.cumsum(1)
-    kept = new & (rank <= settings.set_size)
-    owner = np.nonzero(kept)[0]
+    owner = np.nonzero(new)[0]
     n = len(owner)
     return pa.RecordBatch.from_arrays(
         [
             batch["user_id"].take(pa.array(owner)),
-            pa.array(rank[kept], pa.int32()),
-            _lists(found.codes[kept]),
-            pa.array(found.log_probs[kept], pa.float32()),
+            pa.array(rank[new], pa.int32()),
+            _lists(found.codes[new]),
+            pa.array(found.log_probs[new], pa.float32()),
             pa.array([task.codebook_version] * n, pa.string()),
             pa.array([task.model_version] * n, pa.string()),
         ],

@@ -65,8 +65,22 @@ def with_categories(
     return contexts.join(counts, key, "left").select(*contexts.columns, categories)
 
 
+def with_newcomers(contexts: "DataFrame", anchors: "DataFrame") -> "DataFrame":
+    """Contexts with an empty one for every (user_id, anchor_time) that has none."""
+    from pyspark.sql import functions as F
+
+    new = anchors.join(contexts, ["user_id", "anchor_time"], "left_anti")
+    empty = {
+        field.name: F.lit(0) if field.name.startswith("n_") else F.array().cast(field.dataType)
+        for field in contexts.schema
+        if field.name not in new.columns
+    }
+    return contexts.unionByName(new.select("user_id", "anchor_time").withColumns(empty))
+
+
 def run(ctx: JobContext) -> None:
     feedback = ctx.read_window("feedback")
-    seen = visible(ctx, feedback)
-    rows = user_context(seen, anchors(ctx, feedback), ctx.config.context, ctx.config.window_days)
-    ctx.write("user_context", with_categories(rows, seen, ctx.read_items(), ctx.config.window_days))
+    seen, anchored = visible(ctx, feedback), anchors(ctx, feedback)
+    rows = user_context(seen, anchored, ctx.config.context, ctx.config.window_days)
+    rows = with_categories(rows, seen, ctx.read_items(), ctx.config.window_days)
+    ctx.write("user_context", with_newcomers(rows, anchored))

@@ -202,6 +202,13 @@ class GenerationConfig(_Model):
     engine: Literal["torch", "vllm"] = Field(description="what runs the generator")
     beam_width: Positive = Field(description="beams kept at each level; wider finds likelier IDs")
     set_size: Positive = Field(description="semantic IDs predicted per user, at most `beam_width`")
+    popular_ids: int = Field(
+        ge=0,
+        description="so many IDs disliked most often, and so many disliked most often lately, may be"
+        " predicted beside the beams",
+    )
+    recent_days: Positive = Field(description="what lately means, days before the anchor")
+    rare_places: int = Field(ge=0, description="places of a set kept for IDs that hardly anybody disliked")
     dtype: Literal["float32", "bfloat16"] = Field(description="number format of the generator")
     pad_prompts_to: Positive = Field(
         description="prompts are padded on the left to a multiple of this; vLLM: its KV block size"

@@ -274,9 +274,9 @@ ITEM_SEMANTIC_ID = _table(
 
 _SET_COLUMNS = (
     _USER,
-    _column("rank", pa.int32(), "1 is the most likely"),
+    _column("rank", pa.int32(), "1 is the most likely to be disliked next"),
     _column("codes", CODES, "predicted semantic ID"),
-    _column("log_prob", pa.float32(), "log-probability among legal IDs"),
+    _column("log_prob", pa.float32(), "log-probability among legal IDs; of one no beam: the last beam's"),
     _column("codebook_version", pa.string(), "codebook of the codes"),
     _column("model_version", pa.string(), "generator that predicted it"),
     _column(
@@ -288,7 +288,7 @@ _SET_COLUMNS = (
 
 NEGATIVE_ITEM_SET = _table(
     "negative_item_set",
-    "one predicted semantic ID of a user",
+    "one predicted semantic ID of a user; an empty user_id: of users of whom nothing is known",
     ("user_id", "rank"),
     *_SET_COLUMNS,
     bucketed=True,
@@ -296,7 +296,7 @@ NEGATIVE_ITEM_SET = _table(
 
 NEGATIVE_ITEM_SET_SHARD = _table(
     "negative_item_set_shard",
-    "staging of negative_item_set: one shard of users per commit",
+    "staging of negative_item_set: all beams of the users, one shard of them per commit",
     ("user_id", "rank"),
     *_SET_COLUMNS,
     bucketed=True,
@@ -313,6 +313,8 @@ BLOCK_SCORE = _table(
     _column("likes_blocked", pa.float64(), "share of held-back likes over the threshold"),
     _column("dislikes_blocked", pa.float64(), "share of held-back dislikes over the threshold"),
     _column("curve", pa.list_(_CURVE_POINT), "what every other threshold would have blocked"),
+    _column("set_features", pa.list_(pa.string()), "what orders the candidates of a predicted set"),
+    _column("set_weights", pa.list_(pa.float64()), "weight of each of them, log odds per unit"),
     _column("prior_log_odds", pa.float64(), "log odds of dislike against like over all feedback"),
     _column("pseudo_events", pa.float64(), "smoothing of a user's log odds towards the prior"),
     _column("n_users", pa.int64(), "calibration users"),

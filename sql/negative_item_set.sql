@@ -1,6 +1,6 @@
--- An earlier day's sets + the contexts of then and now -> the sets that hold now too.
+-- An earlier day's beams + the contexts of then and now -> the beams that hold now too.
 --
--- {earlier}          negative_item_set of an earlier day
+-- {earlier}          negative_item_set_shard of an earlier day
 -- {contexts_before}  user_context that they were generated from
 -- {contexts}         user_context of the day
 -- {new_items}        item_id of the items that have got their semantic ID since

@@ -14,6 +14,7 @@ from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore, Provenance
 from negrec_core.generator import CODEBOOK
 from negrec_core.schemas import TABLES
+from negrec_core.set_order import SET_FEATURES
 
 Codes = tuple[int, ...]
 DS = "2026-03-10"
@@ -74,6 +75,8 @@ def score_row(score: BlockScore) -> dict[str, Any]:
         "coefficients": score.coefficients.tolist(),
         "intercept": score.intercept,
         "threshold": score.threshold,
+        "set_features": list(SET_FEATURES),
+        "set_weights": [1.0] + [0.0] * (len(SET_FEATURES) - 1),
         "prior_log_odds": score.prior_log_odds,
         "pseudo_events": score.pseudo_events,
     }

@@ -30,6 +30,7 @@ from negrec_core.metrics import (
     within_user_auc,
 )
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.set_order import ANYBODY
 from negrec_core.trie import Trie
 from train.baselines import SET_SIZE, Known, baselines, judged
 from train.candidates import Candidates, chosen, draw_candidates
@@ -139,7 +140,8 @@ def evaluate(
     ids = load_semantic_ids(store, version, ds)
     trie = Trie.build(ids.codes, tuple(int(n) + 1 for n in ids.codes.max(0)))
     leaf_of_item = dict(zip(ids.items, trie.find(ids.codes).tolist(), strict=True))
-    predicted, illegal = load_predictions(store, ds, trie)
+    users = sorted(future["user_id"].unique())
+    predicted, illegal = load_predictions(store, ds, trie, users)
 
     items = load_items(store, ds, columns=["category"]).to_pandas()
     columns = ["item_id", "neighbor_id", "score", "rank"]
@@ -147,7 +149,6 @@ def evaluate(
     category = items.set_index("item_id")["category"]
     pseudo = config.calibration.rate_pseudo_events
     known = Known(past, category, graph, leaf_of_item, trie.n_ids, pseudo)
-    users = sorted(future["user_id"].unique())
     candidates = draw_candidates(future, load_shown(store, config, ds), config.timezone, seed)
     methods = ours(store, warehouse / "models", config.generation, snapshot, predicted)
     methods |= baselines(known, users, seed)
@@ -230,16 +231,22 @@ def _in_horizon(rows: pd.DataFrame, anchor: pd.Series, config: Config) -> pd.Ser
     return (rows["event_time"] > anchor) & (rows["event_time"] <= anchor + horizon)
 
 
-def load_predictions(store: DeltaStore, ds: str, trie: Trie) -> tuple[dict[str, np.ndarray], int]:
-    """Predicted leaves of each user, best first, and how many predicted IDs are illegal."""
+def load_predictions(
+    store: DeltaStore, ds: str, trie: Trie, users: list[str]
+) -> tuple[dict[str, np.ndarray], int]:
+    """Predicted leaves of some users, best first, and how many predicted IDs of all are illegal.
+
+    Those of whom nothing was known have the set of `ANYBODY`.
+    """
     rows = store.read("negative_item_set", ["user_id", "rank", "codes"], days=[ds])
     rows = rows.sort_by([("user_id", "ascending"), ("rank", "ascending")])
     codes = rows["codes"].combine_chunks().flatten().to_numpy().reshape(-1, trie.depth)
     inside = (codes < np.array(trie.code_counts)).all(1)
     leaf = np.where(inside, trie.find(np.where(inside[:, None], codes, 0)), -1)
     groups = pd.Series(leaf).groupby(rows["user_id"].to_numpy(zero_copy_only=False)).indices
-    sets = {str(user): leaf[at][:SET_SIZE] for user, at in groups.items()}
-    return sets, int((leaf < 0).sum())
+    nothing = np.zeros(0, np.intp)
+    rows_of = {user: groups.get(user, groups.get(ANYBODY, nothing)) for user in users}
+    return {user: leaf[at][:SET_SIZE] for user, at in rows_of.items()}, int((leaf < 0).sum())
 
 
 def hit_table(

@@ -11,10 +11,11 @@ import pytest
 from jobs.anchors import before, last_dislike_anchors
 from jobs.future_feedback import future_feedback
 from jobs.item_rate import item_rate
+from jobs.predicted_sets import recent_counts, users_of
 from jobs.training_alignment import training_alignment
 from jobs.training_grpo import training_grpo
 from jobs.training_next_negative import training_next_negative
-from jobs.user_context import user_context, with_categories
+from jobs.user_context import user_context, with_categories, with_newcomers
 from negrec_core.config import load_config
 from negrec_core.errors import MissingError
 
@@ -102,6 +103,67 @@ def test_categories_count_all_feedback_of_the_window(spark: Any, frame: Any) -> 
         )
         counted += len(expected)
     assert counted > 10
+
+
+def test_a_user_without_feedback_has_an_empty_context(spark: Any, frame: Any) -> None:
+    anchors = anchors_frame(spark, [*some_anchors(1), ("newcomer", START + 20 * DAY)])
+    rows = random_feedback(1)
+    settings = load_config().context
+    contexts = user_context(frame("feedback", rows), anchors, settings, 30)
+    found = with_newcomers(contexts, anchors).toArrow().to_pylist()
+    early = {user for user, anchor in some_anchors(1)} - {
+        row["user_id"] for row in contexts.toArrow().to_pylist()
+    }
+    empty = {"negatives": [], "positives": [], "n_negatives": 0, "n_positives": 0}
+    for row in found:
+        if row["user_id"] in early | {"newcomer"}:
+            assert {name: row[name] for name in empty} == empty
+    assert sorted(row["user_id"] for row in found) == sorted(row[0] for row in anchors.collect())
+    assert [row for row in found if row["n_negatives"]] == [
+        row for row in contexts.toArrow().to_pylist() if row["n_negatives"]
+    ]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_recent_counts_are_those_of_the_days_before_each_anchor(spark: Any, frame: Any, seed: int) -> None:
+    rows, anchors = random_feedback(seed), some_anchors(seed)
+    found = recent_counts(frame("feedback", rows), anchors_frame(spark, anchors), 4).toArrow().to_pylist()
+    expected: Counter[tuple[dt.datetime, str, int]] = Counter()
+    for anchor in {anchor for _, anchor in anchors}:
+        for row in rows:
+            if anchor - 4 * DAY <= row["event_time"] < anchor:
+                expected[anchor, row["item_id"], row["polarity"]] += 1
+    got = {
+        (row["anchor_time"], row["item_id"], polarity): row[name]
+        for row in found
+        for polarity, name in ((-1, "n_negatives"), (1, "n_positives"))
+        if row[name]
+    }
+    assert got == expected
+
+
+def test_users_have_their_beams_in_order_and_all_their_dislikes(spark: Any, frame: Any) -> None:
+    rows, anchors = random_feedback(2), some_anchors(2)
+    beams = [
+        {"user_id": user, "rank": rank, "codes": [rank, n], "log_prob": -rank / 2, "codebook_version": "c"}
+        for n, (user, _) in enumerate(anchors)
+        for rank in (3, 1, 2)
+    ]
+    contexts = anchors_frame(spark, anchors)
+    found = users_of(frame("negative_item_set_shard", beams), contexts, frame("feedback", rows)).toArrow()
+    by_user = {row["user_id"]: row for row in found.to_pylist()}
+    assert by_user.keys() == dict(anchors).keys()
+    for n, (user, anchor) in enumerate(anchors):
+        row = by_user[user]
+        assert row["anchor"] == (anchor - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(
+            microseconds=1
+        )
+        assert [(e["rank"], e["codes"], e["log_prob"]) for e in row["entries"]] == [
+            (rank, [rank, n], -rank / 2) for rank in (1, 2, 3)
+        ]
+        known = {r["item_id"] for r in rows if r["user_id"] == user and r["polarity"] == -1}
+        assert set(row["known"] or []) == known
+        assert (row["codebook_version"], row["carried_from"]) == ("c", None)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -241,6 +303,7 @@ def test_poisoned_future_changes_no_context_rate_or_sample(spark: Any, frame: An
         made = [
             with_categories(contexts, seen, items, 365),
             item_rate(seen, 5),
+            recent_counts(seen, who, 30),
             training_next_negative(seen, settings, 365, 3),
             training_alignment(seen, ids, config.generator.alignment, settings, 365, 3),
             training_grpo(seen, frame("item_graph", []), settings, config.labels, 365, 3, end),

@@ -3,6 +3,7 @@
 import datetime as dt
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from jobs.negative_item_set import find_earlier
 from jobs.pipeline import run_day, stale
 from negrec_core.config import load_config
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.set_order import ANYBODY, SET_FEATURES
 
 STAGE = "negative_item_set"
 D0, D1, D2, D3 = "2026-03-01", "2026-03-02", "2026-03-03", "2026-03-04"
@@ -58,8 +60,9 @@ class Site:
         legal = sorted(set(map(tuple, ids.codes.tolist())))
         rows = []
         for row in contexts.toArrow().to_pylist():
-            self.generated.append(row["user_id"])
-            seconds.add(0.5)
+            if row["user_id"] != ANYBODY:
+                self.generated.append(row["user_id"])
+                seconds.add(0.5)
             prompt = [
                 (event["item_id"], tuple(ids.codes[ids.index[event["item_id"]]]))
                 for event in (*row["negatives"], *row["positives"])
@@ -76,6 +79,17 @@ class Site:
     def ids(self, ds: str, items: str, revision: int = 1, codes: dict[str, list[int]] = IDS) -> None:
         rows = [{"codebook_version": "codebook-1", "item_id": i, "codes": codes[i]} for i in items]
         write_rows(self.open().store, "item_semantic_id", rows, ds, revision)
+
+    def market(self, ds: str, *dislikes: int) -> None:
+        """What everybody disliked of a, b, c and d, and an order that looks at it too."""
+        store = self.open().store
+        rates = [
+            {"item_id": item, "n_negatives": n, "n_positives": 1}
+            for item, n in zip("abcd", dislikes, strict=True)
+        ]
+        order = {"set_features": list(SET_FEATURES), "set_weights": [1.0, 0.0, 0.7, 0.0, 0.0, 0.0]}
+        for table, rows in (("feedback", []), ("item_rate", rates), ("block_score", [order])):
+            write_rows(store, table, rows, ds)
 
     def contexts(self, ds: str, lists: Lists, revision: int = 1, reason: str | None = None) -> None:
         frame = self.spark.createDataFrame([(user,) for user in lists], "user_id string")
@@ -99,6 +113,8 @@ class Site:
 
     def rows(self, ds: str) -> list[Row]:
         rows = self.open().store.read(STAGE, days=[ds]).to_pylist()
+        assert {row["carried_from"] for row in rows if row["user_id"] == ANYBODY} == {None}
+        rows = [row for row in rows if row["user_id"] != ANYBODY]
         return sorted(rows, key=lambda row: (row["user_id"], row["rank"]))
 
     def origin(self, ds: str) -> dict[str, str | None]:
@@ -120,6 +136,8 @@ def site(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     made = Site(tmp_path / "warehouse", spark)
     monkeypatch.setattr(jobs.negative_item_set, "open_generator", made.generator)
     monkeypatch.setattr(jobs.negative_item_set, "generate", made.generate)
+    for ds, dislikes in ((D1, (1, 2, 3, 0)), (D2, (9, 2, 3, 4)), (D3, (9, 2, 9, 0))):
+        made.market(ds, *dislikes)
     made.ids(D0, "abcd")
     made.ids(D1, "")
     made.contexts(D1, LISTS)
@@ -212,6 +230,29 @@ def test_shards_that_are_done_are_not_made_again(site: Site, monkeypatch: pytest
     held = {row["user_id"]: row["bucket"] for row in site.rows(D2)}
     assert sorted(site.generated) == sorted(user for user in CHANGED if held[user] == 1)
     assert {held[user] for user in LISTS} == {0, 1}
+
+
+def test_the_set_follows_what_everybody_dislikes_though_the_beams_are_carried_over(site: Site) -> None:
+    site.ids(D2, "")
+    site.contexts(D2, LISTS)
+    site.run(D2)
+    assert site.generated == []
+    beams = site.open().store.read("negative_item_set_shard", days=[D2]).to_pylist()
+    for ds, counts in ((D1, (1, 2, 3, 0)), (D2, (9, 2, 3, 4))):
+        dislikes = {tuple(IDS[item]): n for item, n in zip("abcd", counts, strict=True)}
+        for user in LISTS:
+            own = {tuple(row["codes"]): row["log_prob"] for row in beams if row["user_id"] == user}
+            last = min(own.values())
+            scores = {
+                codes: own.get(codes, last) + 0.7 * math.log1p(n)
+                for codes, n in dislikes.items()
+                if n or codes in own
+            }
+            found = [
+                (tuple(row["codes"]), row["log_prob"]) for row in site.rows(ds) if row["user_id"] == user
+            ]
+            wanted = sorted(scores, key=lambda codes: -scores[codes])
+            assert found == [(codes, own.get(codes, last)) for codes in wanted]
 
 
 def drop_staging(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

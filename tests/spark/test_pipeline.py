@@ -51,6 +51,7 @@ from negrec_core.progress import silent
 from negrec_core.resources import resource
 from negrec_core.schemas import TABLES
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.set_order import ANYBODY
 from negrec_core.trie import Trie
 from train.codebook import train_codebook
 from train.evaluate import evaluate
@@ -90,7 +91,16 @@ CLOSE = {
     "item_rate": {"log_odds": 9},
     "negative_item_set": {"log_prob": 3},
     "block_score": dict.fromkeys(
-        ("coefficients", "intercept", "threshold", "likes_blocked", "dislikes_blocked", "prior_log_odds"), 3
+        (
+            "coefficients",
+            "intercept",
+            "threshold",
+            "likes_blocked",
+            "dislikes_blocked",
+            "set_weights",
+            "prior_log_odds",
+        ),
+        3,
     ),
     "block_list": {"log_prob": 3, "score": 3, "because_similarity": 3},
 }
@@ -205,7 +215,7 @@ def test_a_commit_says_what_it_was_made_from(site: Site) -> None:
     assert {"negative_item_set", "block_score", "item_rate", "item_semantic_id"} <= listed.inputs.keys()
 
 
-def test_predictions_are_legal_and_ranked_without_gaps(site: Site) -> None:
+def test_predictions_are_legal_new_and_ranked_without_gaps(site: Site) -> None:
     store = site.open().store
     rows = rows_of(store, "negative_item_set")
     version = rows[0]["codebook_version"]
@@ -222,8 +232,13 @@ def test_predictions_are_legal_and_ranked_without_gaps(site: Site) -> None:
         }
         for row in rows_of(store, "user_context")
     }
-    assert set(by_user) == set(known)
+    beams: dict[str, dict[tuple[int, ...], float]] = {}
+    for row in rows_of(store, "negative_item_set_shard"):
+        beams.setdefault(row["user_id"], {})[tuple(row["codes"])] = row["log_prob"]
+    assert set(by_user) == {*known, ANYBODY} == set(beams)
+    known[ANYBODY] = set()
     assert any(known.values())
+    n_beams = 0
     for own in by_user.values():
         own.sort(key=lambda row: row["rank"])
         assert [row["rank"] for row in own] == list(range(1, len(own) + 1))
@@ -232,14 +247,20 @@ def test_predictions_are_legal_and_ranked_without_gaps(site: Site) -> None:
         assert len(set(codes)) == len(codes)
         assert set(codes) <= legal
         assert not set(codes) & known[own[0]["user_id"]]
-        log_probs = [row["log_prob"] for row in own]
-        assert log_probs == sorted(log_probs, reverse=True)
-        assert log_probs[0] <= 0
+        found = beams[own[0]["user_id"]]
+        for row in own:
+            # Of what no beam found, the generator thinks no better than of the last beam.
+            assert row["log_prob"] == found.get(tuple(row["codes"]), min(found.values()))
+            assert row["log_prob"] <= 0
+        n_beams += len(found.keys() & set(codes))
+    # Neither part of the candidates is there for nothing.
+    assert 0 < n_beams < len(rows)
 
 
 def test_the_list_keeps_every_prediction_and_says_why(site: Site) -> None:
     store = site.open().store
     listed, predicted = rows_of(store, "block_list"), rows_of(store, "negative_item_set")
+    predicted = [row for row in predicted if row["user_id"] != ANYBODY]
     named = ("user_id", "rank", "codes", "log_prob")
     assert [[row[n] for n in named] for row in listed] == [[row[n] for n in named] for row in predicted]
     expires = dt.date.fromisoformat(DS) + dt.timedelta(days=site.config.block_list.valid_days + 1)
@@ -432,10 +453,10 @@ def test_evaluation_judges_the_list_by_the_week_after(site: Site) -> None:
     assert evaluate(site.root, site.config, DS, seed=SEED).rows == figures.rows
 
 
-def test_generation_scores_predicted_ids_as_beam_search_did(site: Site) -> None:
+def test_generation_scores_ids_as_beam_search_did(site: Site) -> None:
     store = site.open().store
     item = {tuple(row["codes"]): row["item_id"] for row in rows_of(store, "item_semantic_id")}
-    predicted = rows_of(store, "negative_item_set", DS)[:500]
+    predicted = rows_of(store, "negative_item_set_shard", DS)[:500]
     pairs = pd.DataFrame(
         {
             "user_id": [row["user_id"] for row in predicted] + ["nobody", predicted[0]["user_id"]],
@@ -708,7 +729,7 @@ def test_who_is_carried_over_has_what_the_model_gives_anew(fork: Site) -> None:
     warehouse = fork.open()
     none_new = TABLES["item_semantic_id"].schema.empty_table()
     warehouse.store.write_arrow("item_semantic_id", none_new, {NEXT_DAY: 1}, Provenance())
-    run_day(warehouse, NEXT_DAY, ["user_context", "negative_item_set"])
+    run_day(warehouse, NEXT_DAY, ["user_context", "item_rate", "block_score", "negative_item_set"])
     found = rows_of(warehouse.store, "negative_item_set", NEXT_DAY)
     before = {row["user_id"]: row for row in rows_of(warehouse.store, "user_context")}
     same = {
@@ -721,6 +742,7 @@ def test_who_is_carried_over_has_what_the_model_gives_anew(fork: Site) -> None:
     assert 0.1 < len(same) / len(users) < 0.9
     assert {row["user_id"] for row in found if row["carried_from"] == DS} == same
     assert {row["user_id"] for row in found if row["carried_from"] is None} == users - same
+    assert ANYBODY in users
     fresh = replace(fork, config=load_config(["demo"], [*SETTINGS, "generation.carry_over=false"], {})).open()
     run_day(fresh, NEXT_DAY, ["negative_item_set"], force=True)
     anew = rows_of(warehouse.store, "negative_item_set", NEXT_DAY)

@@ -13,6 +13,7 @@ from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK
 from negrec_core.metrics import FIGURES, LONG_TAIL
 from negrec_core.schemas import TABLES
+from negrec_core.set_order import ANYBODY
 from negrec_core.trie import Trie
 from train.evaluate import CandidateCounts, evaluate, hit_table, load_predictions, split_feedback
 
@@ -153,9 +154,24 @@ def test_illegal_predictions_are_counted_and_match_nothing(tmp_path):
     ]
     write_rows(store, "negative_item_set", rows[::-1], DS)
     trie = Trie.build(np.array([[0, 0], [1, 1]], np.int32), (2, 2))
-    predicted, illegal = load_predictions(store, DS, trie)
+    predicted, illegal = load_predictions(store, DS, trie, ["u", "v"])
     assert illegal == 2
-    assert predicted["u"].tolist() == [1, -1, -1, 0]
+    assert {user: own.tolist() for user, own in predicted.items()} == {"u": [1, -1, -1, 0], "v": []}
+
+
+def test_users_of_whom_nothing_was_known_are_predicted_what_anybody_is(tmp_path):
+    store = DeltaStore(tmp_path)
+    store.create_tables()
+    codes = {"u": [[0, 0]], ANYBODY: [[1, 1], [0, 0]], "w": [[1, 1]]}
+    rows = [
+        {"user_id": user, "rank": rank, "codes": own}
+        for user, sets in codes.items()
+        for rank, own in enumerate(sets, 1)
+    ]
+    write_rows(store, "negative_item_set", rows, DS)
+    trie = Trie.build(np.array([[0, 0], [1, 1]], np.int32), (2, 2))
+    predicted, _ = load_predictions(store, DS, trie, ["u", "v"])
+    assert {user: own.tolist() for user, own in predicted.items()} == {"u": [0], "v": [1, 0]}
 
 
 ITEMS = {f"i{n}": (n % 4, n // 4, 0) for n in range(12)}
