@@ -207,13 +207,25 @@ Model = Annotated[str | None, typer.Option(help="Preset in conf/models, instead 
 
 
 @train.command("generator")
-def train_generator(ctx: typer.Context, until: Until, model: Model = None, seed: Seed = 7) -> None:
+def train_generator(
+    ctx: typer.Context,
+    until: Until,
+    model: Model = None,
+    seed: Seed = 7,
+    samples: Annotated[
+        bool,
+        typer.Option(
+            "--samples/--no-samples",
+            help="Make the samples first, or take those that are there, as several processes must.",
+        ),
+    ] = True,
+) -> None:
     """Train a language model to write a user's next dislikes as semantic IDs, by all steps of the curriculum.
 
     The steps are those of the setting generator.steps. First the items' semantic IDs and the samples of
     each step are made. A step that is finished is not trained again; after a kill, training goes on.
     """
-    _train(ctx, until, model, seed, None)
+    _train(ctx, until, model, seed, None, samples)
 
 
 def _step_command(step: str, about: str) -> None:
@@ -232,7 +244,9 @@ _step_command("warm_up", "Next-negative supervised fine-tuning.")
 _step_command("grpo", "Progressive GRPO on what users rejected and liked next.")
 
 
-def _train(ctx: typer.Context, until: str, model: str | None, seed: int, last_step: str | None) -> None:
+def _train(
+    ctx: typer.Context, until: str, model: str | None, seed: int, last_step: str | None, samples: bool = True
+) -> None:
     from train.generator import train_generator as fit
 
     settings: _Settings = ctx.obj
@@ -247,7 +261,8 @@ def _train(ctx: typer.Context, until: str, model: str | None, seed: int, last_st
             raise ConfigError(f"generator.steps has no {last_step}; it is {', '.join(steps)}")
         steps = steps[: steps.index(last_step) + 1]
     with reporting() as reporter:
-        run_training_stages(warehouse, day, [_STEP_TABLES[step] for step in steps], reporter)
+        if samples:
+            run_training_stages(warehouse, day, [_STEP_TABLES[step] for step in steps], reporter)
         manifest = fit(
             warehouse.store,
             warehouse.models,

@@ -190,6 +190,9 @@ class GeneratorConfig(_Model):
     )
     samples_per_user: Positive = Field(description="most training anchors of one user, latest first")
     checkpoint_steps: Positive = Field(description="updates between two checkpoints")
+    tracking: Literal["none", "mlflow"] = Field(
+        description="where else the curves go; mlflow reads its own environment, MLFLOW_TRACKING_URI first"
+    )
     translation: TranslationConfig
     alignment: AlignmentConfig
     warm_up: WarmUpConfig

@@ -505,7 +505,14 @@ def run(grid: Grid, wanted: Sequence[Cell], jobs: int, minutes: float) -> int:
 def _share_cores(jobs: int) -> None:
     """Before torch is loaded in a worker: workers share the cores and do not spin on them."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    os.environ.update(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        OMP_NUM_THREADS=str(threads),
+        OMP_WAIT_POLICY="PASSIVE",
+        TOKENIZERS_PARALLELISM="false",
+        TRANSFORMERS_VERBOSITY="error",
+        TRL_EXPERIMENTAL_SILENCE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+    )
 
 
 def _begin_worker(jobs: int) -> None:

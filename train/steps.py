@@ -1,5 +1,6 @@
 """What the steps of the curriculum share: the task, the model that is passed on, the trainer's settings."""
 
+import importlib.util
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from negrec_core.artefacts import Manifest
 from negrec_core.codebook import Codebook
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore
+from negrec_core.errors import MissingError
 from negrec_core.progress import Progress
 from negrec_core.prompts import PromptWriter
 from negrec_core.semantic_ids import SemanticIds
@@ -115,7 +117,16 @@ class Outcome:
 
 
 def common_arguments(task: Task, work: Path) -> dict[str, Any]:
-    """Settings of every trainer: one device, no reporters, checkpoints in `work`."""
+    """Settings of every trainer: curves to `generator.tracking`, checkpoints in `work`.
+
+    Raises:
+        MissingError: the tracker is not installed.
+    """
+    tracking = task.config.generator.tracking
+    if tracking != "none" and importlib.util.find_spec(tracking) is None:
+        raise MissingError(
+            f"generator.tracking: Python package {tracking} is not installed; install it, or set none"
+        )
     return {
         "output_dir": str(work),
         "lr_scheduler_type": "cosine",
@@ -127,7 +138,8 @@ def common_arguments(task: Task, work: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": task.config.generator.checkpoint_steps,
         "save_total_limit": 2,
-        "report_to": "none",
+        "report_to": tracking,
+        "run_name": work.as_posix().split("/training/")[-1].replace("/.checkpoints", ""),
         "disable_tqdm": True,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,

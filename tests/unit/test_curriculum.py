@@ -18,7 +18,7 @@ from warehouses import DS, publish, save_codebook, small_codebook, write_rows
 from negrec_core.beam.torch_engine import TorchBeamEngine
 from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore
-from negrec_core.errors import ArtefactError, InputError
+from negrec_core.errors import ArtefactError, InputError, MissingError
 from negrec_core.generator import open_codebook, open_generator
 from negrec_core.progress import silent
 from negrec_core.semantic_ids import load_semantic_ids
@@ -232,6 +232,24 @@ def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(store, tm
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in resumed)
     assert len(steps) < 21, "what was done before the kill was not done again"
+
+
+def test_curves_can_go_to_mlflow(store, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: the lock has no tracker")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "negrec")
+    trained(store, "generator.steps=[warm_up, grpo]", "generator.tracking=mlflow")
+    runs = mlflow.search_runs(experiment_names=["negrec"], output_format="list")
+    assert sorted(run.info.run_name.split("-")[0] for run in runs) == ["grpo", "grpo", "warm_up"]
+    assert all("reward" in run.data.metrics for run in runs if run.info.run_name.startswith("grpo"))
+    assert all(run.info.status == "FINISHED" for run in runs)
+
+
+def test_a_tracker_that_is_not_installed_is_asked_for_in_one_line(store, monkeypatch):
+    monkeypatch.setattr("train.steps.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingError, match=r"generator\.tracking: Python package mlflow is not installed"):
+        trained(store, "generator.steps=[warm_up]", "generator.tracking=mlflow")
 
 
 PROCESS = """
