@@ -151,7 +151,11 @@ def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
     lines = [about]
     for names in (_HITS, _SCORED):
         body = [
-            [row["title"], str(len(row["seeds"])), *(_show(_of(row["figures"].get(n))) for n in names)]
+            [
+                row["title"],
+                str(len(row["seeds"])),
+                *(_show(_of(row["figures"][n]) if n in row["figures"] else None) for n in names),
+            ]
             for row in judged.values()
         ]
         lines.append(_table(["row", "seeds", *names], body))
@@ -178,19 +182,17 @@ def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
         for row in judged.values()
         if all(name in row["figures"] for name in shown)
     }
-    plot_methods(
-        {name: {title: _of(own[name]) or _NONE for title, own in known.items()} for name in shown},
-        plot,
-        f"{found['title']}, {found['preset']}",
-    )
-    return "\n".join([*lines, f"![{found['title']}, {found['preset']}]({link})\n"])
+    if known:
+        title = f"{found['title']}, {found['preset']}"
+        plot_methods(
+            {name: {row: _of(own[name]) for row, own in known.items()} for name in shown}, plot, title
+        )
+        lines.append(f"![{title}]({link})\n")
+    return "\n".join(lines)
 
 
-_NONE = Estimate(math.nan, math.nan, math.nan)
-
-
-def _of(figure: dict[str, float] | None) -> Estimate | None:
-    return None if figure is None else Estimate(figure["value"], figure["low"], figure["high"])
+def _of(figure: dict[str, float]) -> Estimate:
+    return Estimate(figure["value"], figure["low"], figure["high"])
 
 
 def _shift(figure: dict[str, float] | None) -> str:

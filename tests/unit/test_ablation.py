@@ -17,6 +17,7 @@ from train.ablation import VARIANTS, Grid, Link, cells, run, run_link, summarise
 from train.collaborative import collaborative_embeddings
 from train.generator import TRAINING
 from train.ours import Generation
+from train.report import write_report
 from train.titles import Budget, TitleModel
 
 USERS = [f"u{n}" for n in range(24)]
@@ -243,3 +244,45 @@ def test_rows_are_means_over_seeds_with_paired_differences(tmp_path):
     assert shown == pytest.approx([expected.value, expected.low, expected.high], abs=1e-5)
     spread = (draws["translation"][:2, 0] - draws["warm-up"][:2, 0]).std(ddof=1)
     assert difference["spread"] == pytest.approx(spread, abs=1e-5)
+
+    results = tmp_path / "results"
+    summarise(folder, results / "ablation")
+    write_report(results, [], tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    interval = f"{expected.value:+.3f} [{expected.low:+.3f} {expected.high:+.3f}] ±{spread:.3f}"
+    assert f"| translation | warm-up | - | {interval} | - | - |" in text
+    assert "| translation | 2 | it broke |" in text
+
+
+def test_the_report_says_what_a_later_step_forgets_and_plots_the_hits(tmp_path):
+    def step(name, accuracy, **more):
+        return {"step": name, "measured": {"alignment_accuracy": accuracy, "seconds": 60.0, **more}}
+
+    names = ("HR@20", "FHR@20", "LUF@20", "LIF@20", "candidate accuracy, generation")
+    row = {
+        "variant": "forget-grpo",
+        "title": "then progressive GRPO",
+        "above": "aligned-last",
+        "users": 100,
+        "seeds": [7],
+        "figures": {n: {"value": 0.2, "low": 0.1, "high": 0.3, "spread": float("nan")} for n in names},
+        "difference": {},
+        "steps": [
+            step("warm_up", 0.25),
+            step("alignment", 0.8),
+            step("grpo", 0.6, reward_first=0.1, reward_last=0.4),
+        ],
+        "judging_seconds": 1.0,
+        "errors": {},
+    }
+    found = {"dataset": "movielens", "title": "MovieLens", "preset": "tiny", "rows": [row]}
+    folder = tmp_path / "results" / "ablation"
+    folder.mkdir(parents=True)
+    (folder / "movielens-tiny.json").write_text(json.dumps(found))
+    write_report(tmp_path / "results", [], tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    measured = "warm_up 0.250, alignment 0.800, grpo 0.600 | 25.0% | 0.100 to 0.400 | 180"
+    assert f"| then progressive GRPO | {measured} |" in text
+    assert "100 judged users drawn at random" in text
+    assert "](results/ablation/movielens-tiny.png)" in text
+    assert (folder / "movielens-tiny.png").stat().st_size > 1000
