@@ -1,6 +1,7 @@
 """Batched beam search in Spark executors: contexts -> the likeliest semantic IDs (DESIGN section 6)."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from jobs.spark import gpu_profile
 from negrec_core.beam import BeamEngine, open_engine
 from negrec_core.config import GenerationConfig
 from negrec_core.delta import DeltaStore
@@ -90,8 +92,12 @@ def generate(
         contexts: (user_id, negatives, positives), one row per user.
         task: what to generate with.
         seconds: if given, what the engines take is added here.
+
+    Raises:
+        ConfigError, MissingError: the cluster cannot run so many engines with GPUs.
     """
     spark = contexts.sparkSession
+    profile = gpu_profile(spark.sparkContext, task.settings.gpus, task.settings.parallelism)
     # Rows of one Arrow batch are one call of the engine.
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", str(task.settings.batch_users))
 
@@ -107,7 +113,9 @@ def generate(
 
     # Evenly sized partitions, no more than engines may run at once.
     spread = contexts.select("user_id", "negatives", "positives").repartition(task.settings.parallelism)
-    return spread.mapInArrow(predict, _SCHEMA)
+    rows = spread.mapInArrow(predict, _SCHEMA, profile=profile)
+    # The stage ends here, or what the caller does with the rows would keep GPU executors too.
+    return rows.repartition(task.settings.parallelism, "user_id") if profile else rows
 
 
 def predict_batch(batch: pa.RecordBatch, loaded: _Loaded, task: GenerationTask) -> pa.RecordBatch:
@@ -142,6 +150,8 @@ def _load(task: GenerationTask) -> _Loaded:
     key = repr(task)
     if key not in _loaded:
         _loaded.clear()
+        begin = time.monotonic()
+        gpus = _take_gpus()
         _share_cores(task.settings.parallelism)
         path = Path(task.model_path)
         prompt = PromptWriter.load(path)
@@ -159,7 +169,28 @@ def _load(task: GenerationTask) -> _Loaded:
         _loaded[key] = _Loaded(
             engine, prompt, trie, prompt.blocks(ids.codes), ids.index, trie.find(ids.codes)
         )
+        if gpus:
+            # For the log of the executor.
+            seconds = time.monotonic() - begin
+            print(
+                f"negrec: {task.settings.engine} engine on GPU {gpus} after {seconds:.1f} s", file=sys.stderr
+            )
     return _loaded[key]
+
+
+def _take_gpus() -> str:
+    """Show this process the GPUs that Spark gave its executor, and no others; their addresses.
+
+    Spark itself does not. CUDA reads the variable once, so torch and vLLM are imported later.
+    """
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    given = context.resources().get("gpu") if context else None
+    if given is None:
+        return ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given.addresses)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def _share_cores(parallelism: int) -> None:

@@ -14,6 +14,7 @@ import negrec_core.errors as errors
 from jobs import feedback, item_semantic_id
 from jobs.context import JobContext, Warehouse, log
 from jobs.gates import check_acceptable
+from jobs.spark import gpu_profile
 from jobs.staleness import Stale, stale_partitions
 from negrec_core.delta_files import MEND_FILE
 from negrec_core.errors import ConfigError, ConflictError, InputError, MissingError, NegrecError
@@ -89,9 +90,16 @@ def run_day(
         NegrecError: a stage failed; those before it stay committed.
     """
     check_acceptable(accept)
+    store = warehouse.store
+    ordered = _in_order(stages)
+    generation = warehouse.config.generation
+    generates = "negative_item_set" in ordered
+    if generates and generation.gpus.per_engine and (force or not store.revision("negative_item_set", ds)):
+        # What generation will lack is said before the time that the other stages take.
+        gpu_profile(warehouse.spark.sparkContext, generation.gpus, generation.parallelism)
     results = []
-    for name in _in_order(stages):
-        revision = warehouse.store.revision(name, ds)
+    for name in ordered:
+        revision = store.revision(name, ds)
         if revision and not force:
             results.append(StageResult(name, ds, revision, False, 0.0))
             continue

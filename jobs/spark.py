@@ -1,5 +1,6 @@
 """The Spark session, and the check of Java that precedes it."""
 
+import functools
 import os
 import re
 import shutil
@@ -8,11 +9,13 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from negrec_core.config import SparkConfig
-from negrec_core.errors import MissingError
+from negrec_core.config import GpuConfig, SparkConfig
+from negrec_core.errors import ConfigError, MissingError
 from negrec_core.resources import resource
 
 if TYPE_CHECKING:
+    from pyspark import SparkContext
+    from pyspark.resource import ResourceProfile
     from pyspark.sql import SparkSession
 
 # Spark needs this module, which some cut-down runtimes lack.
@@ -83,3 +86,88 @@ def open_session(settings: SparkConfig, timezone: str, progress: bool) -> "Spark
     for name, value in properties.items():
         builder = builder.config(name, value)
     return builder.getOrCreate()
+
+
+# Spark starts new executors for every profile it is given, even one that is equal to another.
+@functools.lru_cache(maxsize=1)
+def gpu_profile(context: "SparkContext", gpus: GpuConfig, engines: int) -> "ResourceProfile | None":
+    """What a stage of `engines` tasks asks for, so that each has an executor with GPUs of its own.
+
+    Args:
+        context: the running application.
+        gpus: section `generation.gpus` of the configuration.
+        engines: tasks at once.
+
+    Returns:
+        None where no GPUs are configured or Spark runs in this process alone.
+
+    Raises:
+        ConfigError: Spark could not start such executors, and would wait for ever.
+        MissingError: the cluster has fewer GPUs; only a standalone master can be asked.
+    """
+    master = context.master or ""
+    if not gpus.per_engine or master.startswith("local"):
+        return None
+    if context.getConf().get("spark.dynamicAllocation.enabled") != "true":
+        raise ConfigError(
+            "generation.gpus.per_engine: GPU executors come by dynamic allocation, which is off; set"
+            " spark.dynamicAllocation.enabled=true"
+        )
+    if master.startswith("spark://"):
+        _check_workers(context, gpus.per_engine, engines)
+    from pyspark.resource import ExecutorResourceRequests, ResourceProfileBuilder, TaskResourceRequests
+
+    executor = ExecutorResourceRequests().cores(1)
+    executor.resource("gpu", gpus.per_engine, gpus.discovery_script, gpus.vendor)
+    if gpus.memory_overhead:
+        executor.memoryOverhead(gpus.memory_overhead)
+    task = TaskResourceRequests().cpus(1).resource("gpu", gpus.per_engine)
+    return ResourceProfileBuilder().require(executor).require(task).build
+
+
+def _check_workers(context: "SparkContext", per_engine: int, engines: int) -> None:
+    """Raise unless the workers of a standalone cluster have GPUs and cores for so many engines."""
+    workers = _standalone_workers(context)
+    found = sum(gpus for _, gpus in workers)
+    room = sum(gpus // per_engine for _, gpus in workers)
+    if room < engines:
+        raise MissingError(
+            f"generation asks for {engines * per_engine} GPUs (generation.parallelism={engines} engines,"
+            f" generation.gpus.per_engine={per_engine}), the cluster {context.master} has {found} on"
+            f" {len(workers)} workers; "
+            + (f"set generation.parallelism={room}" if room else "no worker has enough for one engine")
+        )
+    # Executors that hold results of earlier stages do not give their cores back.
+    conf = context.getConf()
+    each, most = conf.get("spark.executor.cores"), conf.get("spark.dynamicAllocation.maxExecutors")
+    cores = sum(cores for cores, _ in workers)
+    if not each or not most or int(each) * int(most) + engines > cores:
+        raise ConfigError(
+            f"the cluster {context.master} has {cores} cores, of which other stages may leave none for"
+            f" {engines} engines: set spark.executor.cores and spark.dynamicAllocation.maxExecutors so that"
+            f" their product is at most {cores - engines}"
+        )
+
+
+def _standalone_workers(context: "SparkContext") -> list[tuple[int, int]]:
+    """Cores and GPUs of every live worker, as the masters say."""
+    from py4j.protocol import Py4JJavaError
+
+    spark = context._jvm.org.apache.spark  # type: ignore[union-attr]
+    messages = "org.apache.spark.deploy.DeployMessages$"
+    request = getattr(getattr(context._jvm, f"{messages}RequestMasterState$"), "MODULE$")
+    answer = context._jvm.java.lang.Class.forName(f"{messages}MasterStateResponse")  # type: ignore[union-attr]
+    tag = context._jvm.scala.reflect.ClassTag.apply(answer)  # type: ignore[union-attr]
+    rpc = context._jsc.sc().schedulerBackend().rpcEnv()
+    workers = []
+    for address in (context.master or "").removeprefix("spark://").split(","):
+        host, _, port = address.rpartition(":")
+        try:
+            master = rpc.setupEndpointRef(spark.rpc.RpcAddress(host, int(port)), "Master")
+            alive = [worker for worker in master.askSync(request, tag).workers() if worker.isAlive()]
+        except Py4JJavaError:
+            continue  # one of several masters may be down
+        for worker in alive:
+            gpus = worker.resourcesInfo().get("gpu")
+            workers.append((worker.cores(), len(gpus.get().addresses()) if gpus.isDefined() else 0))
+    return workers

@@ -199,6 +199,23 @@ class GeneratorConfig(_Model):
     grpo: GrpoConfig
 
 
+class GpuConfig(_Model):
+    """GPU executors of beam search, asked for by stage-level scheduling on a cluster."""
+
+    per_engine: int = Field(
+        ge=0,
+        description="GPUs of one engine, which then has an executor of one core to itself; 0: engines run"
+        " on the same executors as everything else",
+    )
+    memory_overhead: str | None = Field(
+        description="memory of such an executor beside its heap, as 16g; null: that of any executor"
+    )
+    discovery_script: str = Field(
+        description="path on the executors of Spark's GPU discovery script; YARN and Kubernetes need it"
+    )
+    vendor: str = Field(description="Kubernetes only: prefix of the GPU resource")
+
+
 class GenerationConfig(_Model):
     """Batch beam search."""
 
@@ -218,6 +235,7 @@ class GenerationConfig(_Model):
     )
     batch_users: Positive = Field(description="users in one call of the engine")
     parallelism: Positive = Field(description="engines at once, one executor process each")
+    gpus: GpuConfig
     engine_options: dict[str, Any] = Field(description="passed to the engine as they are")
     carry_over: bool = Field(
         description="users whose prompt is that of the newest earlier run keep its set; false: all are"
