@@ -127,6 +127,8 @@ VARIANTS = (
     Variant("forget-grpo", "then progressive GRPO", (*_ALIGNED_LAST, _grpo("c")), "aligned-last"),
 )
 
+_LADDER = ("times-disliked", "warm-up", "translation", "alignment", "grpo-next", "grpo-a", "grpo-c")
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -421,7 +423,8 @@ def cells(
 ) -> list[Cell]:
     """The cells of the grid; with learning rates, each variant with GRPO once for every one of them.
 
-    Without names: all variants but those that need a model that can read, unless the preset can.
+    Without names: all variants but those that need a model that can read, unless the preset can. The rows
+    that add part by part come first, with all seeds.
     """
     from train.models import ScratchPreset, load_preset
 
@@ -436,7 +439,7 @@ def cells(
                     Cell(own, Link(dataset, path, seed, own.settings, own.steps), grid.preset)
                     for dataset, path in warehouses.items()
                 ]
-    return found
+    return sorted(found, key=lambda cell: cell.variant.name.split("@")[0] not in _LADDER)
 
 
 def _has_grpo(variant: Variant) -> bool:
@@ -465,15 +468,17 @@ def run(grid: Grid, wanted: Sequence[Cell], jobs: int, minutes: float) -> int:
     left = [cell for cell in wanted if not _finished(grid, cell)]
     log.info("%d of %d cells to do", len(left), len(wanted))
     of_link: dict[Link, list[Cell]] = {}
-    waiting: dict[Link, int] = {}
+    # What most cells wait for comes first, and then the order of the cells.
+    waiting: dict[Link, tuple[int, int]] = {}
     for place, cell in enumerate(left):
         of_link.setdefault(cell.link, []).append(cell)
         link = cell.link
-        while link.steps:
-            waiting.setdefault(link, place)
+        while True:
+            needed, first = waiting.get(link, (0, place))
+            waiting[link] = (needed - 1, first)
+            if len(link.steps) < 2:
+                break
             link = link.before
-        if not cell.link.steps:
-            waiting[cell.link] = place
     done: dict[Link, Trained] = {}
     running: dict[Link, AsyncResult[Trained]] = {}
     _share_cores(jobs)
