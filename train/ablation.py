@@ -359,7 +359,7 @@ def _figures_of_times_disliked(grid: Grid, link: Link) -> dict[str, list[float]]
     known = Known(judged.past, pd.Series(dtype=str), none, leaf_of_item, task.trie.n_ids, 0.0)
     method = times_disliked(known, judged.users)
     assert method.sets is not None
-    return _draws(judged, method.sets, leaf_of_item, {"count": method.score})
+    return _draws(judged, method.sets, leaf_of_item, {"generation": method.score})
 
 
 def _figures_of_titles(grid: Grid, link: Link) -> dict[str, list[float]]:
@@ -578,6 +578,7 @@ def summarise(folder: Path, out: Path) -> None:
             "dataset": dataset,
             "title": next(d.title for d in DATASETS if d.name == dataset),
             "preset": preset,
+            "generator": by_variant[order[0]][0]["generator"],
             "rows": [_summary(by_variant[name], by_variant) for name in order],
         }
         out.mkdir(parents=True, exist_ok=True)

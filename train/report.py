@@ -46,8 +46,9 @@ weights per seed, samples and settings but for what the row says. TIGER's task i
 scratch over semantic IDs; here it is a decoder that also learns from each event of the past, knows likes
 from dislikes, and has a likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back.
 P5-CID's IDs come from who reacted to what. TALLRec's and InstructRec's models read titles and have a score
-of candidates only, their likelihood of a yes or of the title. `@` is GRPO's learning rate. Alignment: share
-of held-out questions answered with the rejected item of four, after each step.
+of candidates only, their likelihood of a yes or of the title; for times disliked it is the count. `@` is
+GRPO's learning rate. Alignment: share of held-out questions answered with the rejected item of four, after
+each step.
 """
 _HITS = ("HR@20", "FHR@20", "LUF@20", "LIF@20")
 _SCORED = tuple(
@@ -147,7 +148,8 @@ def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
     seeds = max((row["seeds"] for row in rows), key=len)
     users = next(iter(judged.values()))["users"]
     sample = f"; {users:,} judged users drawn at random" if users else ""
-    about = f"### {found['title']}, {found['preset']}\n\nSeeds {', '.join(map(str, seeds))}{sample}.\n"
+    how = _how(found["generator"])
+    about = f"### {found['title']}, {found['preset']}\n\nSeeds {', '.join(map(str, seeds))}{sample}. {how}\n"
     lines = [about]
     for names in (_HITS, _SCORED):
         body = [
@@ -189,6 +191,19 @@ def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
         )
         lines.append(f"![{title}]({link})\n")
     return "\n".join(lines)
+
+
+def _how(settings: dict[str, Any]) -> str:
+    """The budget of each step."""
+    parts = []
+    for name in ("translation", "alignment", "warm_up"):
+        own = settings[name]
+        most = f"{own['max_steps']} updates" if own["max_steps"] > 0 else f"{own['epochs']:g} epochs"
+        parts.append(f"{name} {most} of {own['batch_size']} at {own['learning_rate']:g}")
+    grpo = settings["grpo"]
+    stages = " + ".join(f"{stage['steps']} ({stage['context']})" for stage in grpo["stages"])
+    parts.append(f"GRPO {stages} updates of {grpo['prompts']} prompts, {grpo['group_size']} IDs each")
+    return f"Budget: {'; '.join(parts)}."
 
 
 def _of(figure: dict[str, float]) -> Estimate:

@@ -12,6 +12,7 @@ from warehouses import publish, save_codebook, small_codebook, write_rows
 from jobs.generation import GenerationTask, _Loaded, predict_batch
 from negrec_core.artefacts import list_versions
 from negrec_core.beam.torch_engine import TorchBeamEngine
+from negrec_core.config import load_config
 from negrec_core.metrics import Estimate
 from train.ablation import VARIANTS, Grid, Link, cells, run, run_link, summarise
 from train.collaborative import collaborative_embeddings
@@ -226,6 +227,7 @@ def test_rows_are_means_over_seeds_with_paired_differences(tmp_path):
                 "above": above,
                 "seed": seed,
                 "users": 0,
+                "generator": load_config([], [], {}).generator.model_dump(),
                 "figures": {} if failed else {"FHR@20": draws[name][seed].tolist()},
                 "measured": [{"step": "warm_up", "loss": float(seed), "legal": None}],
                 "seconds": 1.0,
@@ -275,7 +277,9 @@ def test_the_report_says_what_a_later_step_forgets_and_plots_the_hits(tmp_path):
         "judging_seconds": 1.0,
         "errors": {},
     }
-    found = {"dataset": "movielens", "title": "MovieLens", "preset": "tiny", "rows": [row]}
+    settings = load_config([], ["generator.alignment.max_steps=9"], {}).generator.model_dump()
+    about = {"dataset": "movielens", "title": "MovieLens", "preset": "tiny", "generator": settings}
+    found = {**about, "rows": [row]}
     folder = tmp_path / "results" / "ablation"
     folder.mkdir(parents=True)
     (folder / "movielens-tiny.json").write_text(json.dumps(found))
@@ -284,5 +288,6 @@ def test_the_report_says_what_a_later_step_forgets_and_plots_the_hits(tmp_path):
     measured = "warm_up 0.250, alignment 0.800, grpo 0.600 | 25.0% | 0.100 to 0.400 | 180"
     assert f"| then progressive GRPO | {measured} |" in text
     assert "100 judged users drawn at random" in text
+    assert "alignment 9 updates of 64 at 0.001; warm_up 3 epochs of 64 at 0.001; GRPO 50 (recent_neg" in text
     assert "](results/ablation/movielens-tiny.png)" in text
     assert (folder / "movielens-tiny.png").stat().st_size > 1000
