@@ -2,7 +2,7 @@
 
 import datetime as dt
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,13 @@ import pyarrow as pa
 
 from jobs import gates
 from jobs.context import JobContext, Warehouse, read_files, run_sql
-from negrec_core.block_score import BlockScore, Items, Tally, features
+from negrec_core.block_score import BlockScore, Items, Tally, features, user_weights
 from negrec_core.blocklist import load_block_score
 from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
-from negrec_core.items import load_categories
+from negrec_core.items import load_categories, load_item_tastes
 from negrec_core.schemas import BLOCK_LIST
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.trie import Trie
@@ -30,7 +30,7 @@ _SCHEMA = (
     "user_id string, rank int, codes array<int>, score float, log_prob float,"
     " because_item_id string, because_similarity float, reason_class string"
 )
-_JUDGED_SCHEMA = "item_id string, liked boolean, blocked boolean"
+_JUDGED_SCHEMA = "user_id string, item_id string, liked boolean, blocked boolean"
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Catalogue:
         index: item -> row of `items` and `item_log_odds`.
         items: the items that have an ID, and a last one of which nothing is known.
         item_log_odds: theirs, float64 [items + 1]; the last is the prior.
-        log_odds: mean log odds of the items under each leaf of the trie, float64 [leaves].
-        categories: those of the first item under each leaf, int32 [leaves, 2].
+        leaves: an item with exactly the ID of each leaf of the trie: categories of the first item under it,
+            means of all for the rest.
+        log_odds: mean log odds of the items under each leaf, float64 [leaves].
         category_numbers: of every category path; see `Categories`.
     """
 
@@ -53,8 +54,8 @@ class Catalogue:
     index: dict[str, int]
     items: Items
     item_log_odds: np.ndarray
+    leaves: Items
     log_odds: np.ndarray
-    categories: np.ndarray
     category_numbers: dict[str, tuple[int, int]]
 
 
@@ -69,7 +70,24 @@ class BlockListTask:
     ids_version: int
     rates_version: int
     items_version: int
+    tastes_version: int
     score: BlockScore
+
+
+def block_list_task(warehouse: Warehouse, ds: str, inputs: Mapping[str, int]) -> BlockListTask:
+    """What the list of a day is scored with, from tables at the given versions."""
+    score, models = load_block_score(warehouse.store, ds, inputs["block_score"])
+    return BlockListTask(
+        warehouse=str(warehouse.store.root),
+        models=str(warehouse.models),
+        ds=ds,
+        codebook_version=models[CODEBOOK],
+        ids_version=inputs["item_semantic_id"],
+        rates_version=inputs["item_rate"],
+        items_version=inputs["item"],
+        tastes_version=inputs["item_taste"],
+        score=score,
+    )
 
 
 def block_list(users: "DataFrame", task: BlockListTask) -> "DataFrame":
@@ -84,7 +102,7 @@ def block_list(users: "DataFrame", task: BlockListTask) -> "DataFrame":
 
 
 def judged_exposures(users: "DataFrame", exposures: "DataFrame", task: BlockListTask) -> "DataFrame":
-    """(item_id, liked, blocked) of every exposure: what the list does to it in the ranking service.
+    """(user_id, item_id, liked, blocked) of every exposure: what the list does to it in the ranking service.
 
     Args:
         users: rows of sql/block_list.sql; for other users nothing is blocked.
@@ -117,7 +135,9 @@ def _by_user(
     return users.mapInArrow(rows, schema)
 
 
-_JUDGED_ARROW_SCHEMA = pa.schema([("item_id", pa.string()), ("liked", pa.bool_()), ("blocked", pa.bool_())])
+_JUDGED_ARROW_SCHEMA = pa.schema(
+    [("user_id", pa.string()), ("item_id", pa.string()), ("liked", pa.bool_()), ("blocked", pa.bool_())]
+)
 
 _ARROW_SCHEMA = pa.schema(
     [
@@ -142,16 +162,27 @@ def load_catalogue(task: BlockListTask) -> Catalogue:
     rates = store.read("item_rate", ["item_id", "log_odds"], days=[task.ds], version=task.rates_version)
     known = dict(zip(rates["item_id"].to_pylist(), rates["log_odds"].to_pylist(), strict=True))
     item_log_odds = np.array([known.get(item, task.score.prior_log_odds) for item in ids.items])
-    leaf = trie.find(ids.codes)
-    per_leaf = np.bincount(leaf, minlength=trie.n_ids)
-    log_odds = np.bincount(leaf, weights=item_log_odds, minlength=trie.n_ids) / per_leaf
     categories = load_categories(store, task.ds, ids.items, task.items_version)
+    prior = task.score.prior_log_odds
+    tastes = load_item_tastes(store, task.ds, ids.items, task.tastes_version, prior)
+    items = Items(codebook.unit(ids.codes), categories.of_items, tastes)
+    leaf = trie.find(ids.codes)
     # Leaves are numbered without gaps, so the distinct ones are all of them in order.
-    first = np.unique(leaf, return_index=True)[1]
-    items = Items(codebook.unit(ids.codes), categories.of_items).with_unknown()
-    item_log_odds = np.append(item_log_odds, task.score.prior_log_odds)
-    of_leaves = categories.of_items[first]
-    return Catalogue(codebook, trie, ids.index, items, item_log_odds, log_odds, of_leaves, categories.numbers)
+    first, per_leaf = np.unique(leaf, return_index=True, return_counts=True)[1:]
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(leaf, weights=values) / per_leaf
+
+    return Catalogue(
+        codebook,
+        trie,
+        ids.index,
+        items.with_unknown(prior),
+        np.append(item_log_odds, prior),
+        Items(items.unit[first], items.categories[first], np.apply_along_axis(mean, 0, tastes)),
+        mean(item_log_odds),
+        categories.numbers,
+    )
 
 
 @dataclass(frozen=True)
@@ -167,6 +198,7 @@ class _User:
         disliked: unit embeddings of these, [k, dim].
         liked: the same of past likes that have an ID.
         tally: the user's feedback by category.
+        taste: the user's, see `negrec_core.taste`.
         log_odds: the user's.
     """
 
@@ -178,6 +210,7 @@ class _User:
     disliked: np.ndarray
     liked: np.ndarray
     tally: Tally
+    taste: np.ndarray
     log_odds: float
 
 
@@ -202,6 +235,7 @@ def _user(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> _User
         disliked_unit,
         liked_unit,
         Tally.of(row["categories"], catalogue.category_numbers),
+        user_weights(row["weights"], catalogue.items),
         float(score.user_log_odds(np.array(row["n_negatives"]), np.array(row["n_positives"]))),
     )
 
@@ -215,6 +249,7 @@ def _scores(user: _User, candidates: Items, log_odds: np.ndarray, score: BlockSc
             user.disliked,
             user.liked,
             user.tally,
+            user.taste,
             log_odds,
             user.log_odds,
             score.prior_log_odds,
@@ -226,7 +261,7 @@ def _scores(user: _User, candidates: Items, log_odds: np.ndarray, score: BlockSc
 def _entries(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> Iterator[dict[str, Any]]:
     user = _user(row, catalogue, score)
     leaf = catalogue.trie.find(user.codes)
-    candidates = Items(user.unit, catalogue.categories[leaf])
+    candidates = catalogue.leaves.take(leaf)
     scores = iter(_scores(user, candidates, catalogue.log_odds[leaf], score).tolist())
     cosines = iter(user.unit @ user.disliked.T)
     for entry, legal in zip(row["entries"], user.legal, strict=True):
@@ -252,7 +287,7 @@ def _judged(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> Ite
         scores = _scores(user, catalogue.items.take(at), catalogue.item_log_odds[at], score)
         blocked = scores >= score.threshold
     for shown, out in zip(row["page"], blocked.tolist(), strict=True):
-        yield {"item_id": shown["item_id"], "liked": shown["liked"], "blocked": out}
+        yield {"user_id": row["user_id"], **shown, "blocked": out}
 
 
 def unpublish(warehouse: Warehouse, ds: str) -> bool:
@@ -281,26 +316,19 @@ def unpublish(warehouse: Warehouse, ds: str) -> bool:
 def run(ctx: JobContext) -> None:
     from pyspark.sql import functions as F
 
-    for table in ("negative_item_set", "user_context", "item_rate", "block_score"):
+    tables = ("negative_item_set", "user_context", "user_taste", "item_rate", "item_taste", "block_score")
+    for table in tables:
         ctx.require(table, [ctx.ds])
     predicted = ctx.read("negative_item_set", [ctx.ds])
-    contexts = ctx.read("user_context", [ctx.ds])
-    versions = ctx.pin("item_semantic_id", "item_rate", "item", "block_score")
-    score, models = load_block_score(ctx.store, ctx.ds, versions["block_score"])
-    ctx.use_model(CODEBOOK, models[CODEBOOK])
-    task = BlockListTask(
-        str(ctx.store.root),
-        str(ctx.warehouse.models),
-        ctx.ds,
-        models[CODEBOOK],
-        versions["item_semantic_id"],
-        versions["item_rate"],
-        versions["item"],
-        score,
-    )
+    contexts, tastes = (ctx.read(table, [ctx.ds]) for table in ("user_context", "user_taste"))
+    versions = ctx.pin("item_semantic_id", "item_rate", "item_taste", "item", "block_score")
+    task = block_list_task(ctx.warehouse, ctx.ds, versions)
+    ctx.use_model(CODEBOOK, task.codebook_version)
 
     def users(predicted: "DataFrame") -> "DataFrame":
-        return run_sql(ctx.spark, "block_list", {"predicted": predicted, "contexts": contexts})
+        return run_sql(
+            ctx.spark, "block_list", {"predicted": predicted, "contexts": contexts, "tastes": tastes}
+        )
 
     def judged_by_list(exposures: "DataFrame") -> "DataFrame":
         # Before the sets are gathered: the users judged are few where there are many.

@@ -18,6 +18,7 @@ from jobs.anchors import before, held_out, last_dislike_anchors, visible
 from jobs.context import JobContext, log
 from jobs.generation import GenerationTask, generate, generation_task
 from jobs.item_rate import item_rate
+from jobs.item_taste import fit_item_tastes, folded_in, judged_items
 from jobs.predicted_sets import SET_SCHEMA, Market, fit_order, recent_counts, set_rows, users_of
 from jobs.user_context import user_context, with_categories, with_newcomers
 from negrec_core.block_score import (
@@ -30,6 +31,7 @@ from negrec_core.block_score import (
     sigmoid,
     smoothed_log_odds,
     threshold_at,
+    user_weights,
 )
 from negrec_core.codebook import Codebook
 from negrec_core.config import CalibrationConfig
@@ -57,6 +59,8 @@ class HeldBack:
         contexts: (user_id, negatives, positives, n_negatives, n_positives) as in `user_context`, but
             the lists hold item ids only.
         rates: (item_id, log_odds) as in `item_rate`.
+        item_tastes: the column `tastes` of `Items`, [items, 1 + factors].
+        user_tastes: user -> weights as in `user_taste`.
         prior_log_odds: of dislike against like over all feedback before the anchors.
     """
 
@@ -64,6 +68,8 @@ class HeldBack:
     predictions: pa.Table
     contexts: pa.Table
     rates: pa.Table
+    item_tastes: np.ndarray
+    user_tastes: dict[str, np.ndarray]
     prior_log_odds: float
 
 
@@ -109,15 +115,16 @@ def collect_calibration(
     """
     task = generation_task(ctx.store, generator, ctx.ds, ctx.config.generation)
     ids = load_semantic_ids(ctx.store, task.codebook_version, ctx.ds, task.ids_version)
-    held_back, order = _held_back(ctx, feedback, task, ids)
+    unit = generator.codebook.unit(ids.codes)
+    held_back, order = _held_back(ctx, feedback, task, ids, unit)
     categories = load_categories(ctx.store, ctx.ds, ids.items, ctx.pin("item")["item"])
-    items = Items(generator.codebook.unit(ids.codes), categories.of_items)
+    items = Items(unit, categories.of_items, held_back.item_tastes)
     pseudo_events = ctx.config.calibration.rate_pseudo_events
     return _features_of(held_back, ids, items, categories.numbers, generator.codebook, pseudo_events), order
 
 
 def _held_back(
-    ctx: JobContext, feedback: "DataFrame", task: GenerationTask, ids: SemanticIds
+    ctx: JobContext, feedback: "DataFrame", task: GenerationTask, ids: SemanticIds, unit: np.ndarray
 ) -> tuple[HeldBack, SetOrder]:
     from pyspark.sql import functions as F
 
@@ -159,11 +166,15 @@ def _held_back(
         if user["user_id"] in listed
         for row in set_rows(user, market, order, ctx.config.generation)
     ]
+    item_tastes = fit_item_tastes(past, ids, unit, ctx.config.taste)
+    own = judged_items(past.join(chosen.select("user_id"), "user_id", "left_semi"))
     held_back = HeldBack(
         labels=known,
         predictions=pa.Table.from_pylist(sets, SET_SCHEMA),
         contexts=found,
         rates=rates,
+        item_tastes=np.column_stack([item_tastes.log_odds, item_tastes.factors]),
+        user_tastes=folded_in(own.toArrow(), ids, unit, item_tastes, ctx.config.taste),
         prior_log_odds=float(np.log((events.get(-1, 0) + 1) / (events.get(1, 0) + 1))),
     )
     for frame in (anchors, past, chosen, contexts):
@@ -180,8 +191,8 @@ def _features_of(
     pseudo_events: float,
 ) -> Calibration:
     """Features of every label as the ranking service would compute them; ordered by user and item."""
-    catalogue = items.with_unknown()
     prior = held_back.prior_log_odds
+    catalogue = items.with_unknown(prior)
     item_log_odds = dict(
         zip(*(held_back.rates[name].to_pylist() for name in ("item_id", "log_odds")), strict=True)
     )
@@ -213,6 +224,7 @@ def _features_of(
             disliked,
             liked,
             Tally.of(context["categories"], category_numbers),
+            user_weights(held_back.user_tastes.get(user), catalogue),
             np.array([item_log_odds.get(item, prior) for item in judged[span]]),
             float(user_log_odds),
             prior,

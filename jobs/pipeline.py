@@ -22,7 +22,14 @@ from negrec_core.progress import Progress, silent
 
 # Every stage is the module jobs.<name> and writes the table <name>.
 DATA_STAGES = ("feedback", "item_rate", "item_graph", "user_context", "future_feedback")
-MODEL_STAGES = ("item_semantic_id", "block_score", "negative_item_set", "block_list")
+MODEL_STAGES = (
+    "item_semantic_id",
+    "item_taste",
+    "user_taste",
+    "block_score",
+    "negative_item_set",
+    "block_list",
+)
 DAILY_STAGES = DATA_STAGES + MODEL_STAGES
 # Made on demand: samples when a generator is trained, anchors for logs whose users come in bursts.
 TRAINING_STAGES = ("training_translation", "training_alignment", "training_next_negative", "training_grpo")

@@ -2,9 +2,10 @@
 
 A logistic model of a few figures that the ranking service can compute from published tables: how
 near the item's semantic ID is to the user's predicted ones, weighed by the generator's
-probabilities or not, how near it is to what the user disliked and liked before, and the smoothed
-dislike rates of the item, of the user, and of the user within the item's category. One definition
-serves calibration, the published entries and the reader.
+probabilities or not, how near it is to what the user disliked and liked before, the smoothed
+dislike rates of the item, of the user, and of the user within the item's category, and what
+`negrec_core.taste` makes of all feedback. One definition serves calibration, the published
+entries and the reader.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ FEATURES = (
     "user_log_odds",
     "category_log_odds",
     "top_category_log_odds",
+    "taste",
+    "user_taste",
 )
 KERNEL = 5.0  # how fast a past item counts less with distance
 FLOOR = 0.1  # what stands for a user without a past; it also damps the first past items
@@ -34,20 +37,25 @@ class Items:
     Attributes:
         unit: unit embeddings of their semantic IDs, [n, dim]; a zero row stands for one without.
         categories: numbers of their category and top category, int32 [n, 2]; -1: none.
+        tastes: what users' tastes act on: the items' own log odds and factors, float64 [n, 1 + factors].
     """
 
     unit: np.ndarray
     categories: np.ndarray
+    tastes: np.ndarray
 
     def take(self, rows: np.ndarray | list[int]) -> "Items":
         """The items of some rows."""
-        return Items(self.unit[rows], self.categories[rows])
+        return Items(self.unit[rows], self.categories[rows], self.tastes[rows])
 
-    def with_unknown(self) -> "Items":
+    def with_unknown(self, prior_log_odds: float) -> "Items":
         """The same and a last one, row -1, that stands for items of which nothing is known."""
+        taste = np.zeros((1, self.tastes.shape[1]))
+        taste[0, 0] = prior_log_odds
         return Items(
             np.vstack([self.unit, np.zeros((1, self.unit.shape[1]), self.unit.dtype)]),
             np.vstack([self.categories, np.full((1, self.categories.shape[1]), -1, np.int32)]),
+            np.vstack([self.tastes, taste]),
         )
 
 
@@ -119,6 +127,7 @@ def features(
     disliked: np.ndarray,
     liked: np.ndarray,
     tally: Tally,
+    taste: np.ndarray,
     item_log_odds: np.ndarray,
     user_log_odds: float,
     prior_log_odds: float,
@@ -134,6 +143,8 @@ def features(
             likes are those listed in `user_context` that have an ID, as often as listed.
         liked: the same of the past likes.
         tally: the user's feedback by category.
+        taste: the user's: own log odds, weights of the embedding and of the factors, [1 + dim + factors]; all
+            zeros for a user of whom nothing is known.
         item_log_odds: of the candidates, [n].
         user_log_odds: of the user.
         prior_log_odds: of dislike against like over all feedback.
@@ -152,13 +163,23 @@ def features(
     out[:, 3] = near(candidates.unit, liked)
     out[:, 4] = item_log_odds
     out[:, 5] = user_log_odds
-    out[:, 6:] = smoothed_log_odds(
+    out[:, 6:8] = smoothed_log_odds(
         _of_same_category(candidates, tally.categories, tally.negatives),
         _of_same_category(candidates, tally.categories, tally.positives),
         sigmoid(prior_log_odds),
         pseudo_events,
     )
+    dim = candidates.unit.shape[1]
+    own, factors = candidates.tastes[:, 0], candidates.tastes[:, 1:]
+    out[:, 8] = own + candidates.unit @ taste[1 : 1 + dim] + factors @ taste[1 + dim :]
+    out[:, 9] = taste[0]
     return out
+
+
+def user_weights(weights: Sequence[float] | np.ndarray | None, items: Items) -> np.ndarray:
+    """The taste of a row of `user_taste`, float64 [1 + dim + factors]; zeros where there is none."""
+    width = items.unit.shape[1] + items.tastes.shape[1]
+    return np.zeros(width) if weights is None else np.array(weights, np.float64)
 
 
 def _of_same_category(candidates: Items, categories: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -261,6 +261,20 @@ class CalibrationConfig(_Model):
     rate_pseudo_events: float = Field(gt=0, description="smoothing of item and user rates")
 
 
+class TasteConfig(_Model):
+    """What each user's feedback says about other items (DESIGN section 8)."""
+
+    factors: int = Field(ge=0, description="learnt factors of an item beside its embedding")
+    user_penalty: float = Field(gt=0, description="ridge penalty of a user's own log odds")
+    item_penalty: float = Field(gt=0, description="ridge penalty of an item's own log odds")
+    content_penalty: float = Field(gt=0, description="ridge penalty of a user's weights of the embedding")
+    factor_penalty: float = Field(gt=0, description="ridge penalty of the factors of users and items")
+    sweeps: Positive = Field(description="rounds of solving for users and items in turn")
+    max_events: Positive = Field(
+        description="about how many judged items of sampled users items are fitted to"
+    )
+
+
 class BlockListConfig(_Model):
     """What is published."""
 
@@ -323,6 +337,7 @@ class Config(_Model):
     codebook: CodebookConfig
     generator: GeneratorConfig
     generation: GenerationConfig
+    taste: TasteConfig
     calibration: CalibrationConfig
     block_list: BlockListConfig
     gates: GatesConfig

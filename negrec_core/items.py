@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from negrec_core.delta import DeltaStore
 
@@ -59,6 +60,28 @@ def load_categories(
     none = (-1, -1)
     of_items = [numbers.get(paths.get(item) or "", none) for item in item_ids]
     return Categories(numbers, np.array(of_items, np.int32).reshape(-1, 2))
+
+
+def load_item_tastes(
+    store: DeltaStore, ds: str, items: list[str], version: int, prior_log_odds: float
+) -> np.ndarray:
+    """The column `tastes` of `Items`, float64 [items, 1 + factors]; an item without a row has the prior.
+
+    Args:
+        store: the warehouse.
+        ds: log date.
+        items: the items, in the order of the result.
+        version: of the table.
+        prior_log_odds: of dislike against like over all feedback.
+    """
+    rows = store.read("item_taste", ["item_id", "log_odds", "factors"], days=[ds], version=version)
+    factors = pc.list_flatten(rows["factors"]).to_numpy()
+    k = len(factors) // max(rows.num_rows, 1)
+    place = {item: row for row, item in enumerate(rows["item_id"].to_pylist())}
+    known = np.hstack([rows["log_odds"].to_numpy()[:, None], factors.reshape(rows.num_rows, k)])
+    unknown = np.zeros((1, 1 + k))
+    unknown[0, 0] = prior_log_odds
+    return np.vstack([known, unknown])[[place.get(item, -1) for item in items]]
 
 
 def item_text(row: dict[str, str | None]) -> str:

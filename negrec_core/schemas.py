@@ -263,6 +263,28 @@ ITEM_RATE = _table(
     _column("log_odds", pa.float64(), "log odds of dislike against like, smoothed"),
 )
 
+ITEM_TASTE = _table(
+    "item_taste",
+    "one item as users' tastes act on it",
+    ("item_id",),
+    _ITEM,
+    _column("log_odds", pa.float64(), "that a user of whom nothing is known dislikes it"),
+    _column("factors", pa.list_(pa.float64()), "what users' weights of the factors act on"),
+)
+
+USER_TASTE = _table(
+    "user_taste",
+    "one user's taste, as of the anchor",
+    ("user_id",),
+    _USER,
+    _column(
+        "weights",
+        pa.list_(pa.float32()),
+        "log odds of the user's own, weights of the unit embedding of a semantic ID, weights of the factors",
+    ),
+    bucketed=True,
+)
+
 ITEM_SEMANTIC_ID = _table(
     "item_semantic_id",
     "one item under one codebook, in the ds it first got its ID",
@@ -379,6 +401,8 @@ TABLES: dict[str, Table] = {
         FUTURE_FEEDBACK,
         ITEM_RATE,
         ITEM_SEMANTIC_ID,
+        ITEM_TASTE,
+        USER_TASTE,
         NEGATIVE_ITEM_SET,
         NEGATIVE_ITEM_SET_SHARD,
         BLOCK_SCORE,

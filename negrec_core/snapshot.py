@@ -27,13 +27,21 @@ from negrec_core.codebook import Codebook, check_codes
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import ArtefactError, InputError, MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
-from negrec_core.items import load_categories
+from negrec_core.items import load_categories, load_item_tastes
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.string_index import StringIndex
 
 log = logging.getLogger("negrec")
 
-_INPUTS = ("block_score", "item_semantic_id", "item_rate", "user_context", "item")
+_INPUTS = (
+    "block_score",
+    "item_semantic_id",
+    "item_rate",
+    "item_taste",
+    "user_context",
+    "user_taste",
+    "item",
+)
 _Value = TypeVar("_Value")
 _Result = TypeVar("_Result")
 
@@ -111,6 +119,7 @@ class Snapshot:
         disliked: past dislikes of [users + others + 1]; the last has none.
         liked: past likes of the same.
         tallies: feedback by category of the same.
+        tastes: weights of the same, float32 [users + others + 1, 1 + dim + factors]; the last are 0.
         codes: semantic ID of each entry, unsigned [entries, D].
         ranks: rank of each entry, int32 [entries].
         log_probs: float32 [entries].
@@ -133,6 +142,7 @@ class Snapshot:
     disliked: History
     liked: History
     tallies: Tallies
+    tastes: np.ndarray
     codes: np.ndarray
     ranks: np.ndarray
     log_probs: np.ndarray
@@ -154,6 +164,7 @@ class Snapshot:
             self.catalogue.unit[self.disliked.of(user)],
             self.catalogue.unit[self.liked.of(user)],
             self.tallies.of(user),
+            self.tastes[user],
             self.item_log_odds[rows],
             float(self.user_log_odds[user]),
             self.score.prior_log_odds,
@@ -310,6 +321,10 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         categories.numbers,
         score,
     )
+    item_tastes = load_item_tastes(store, ds, ids.items, inputs["item_taste"], prior)
+    catalogue = Items(item_unit, categories.of_items, item_tastes).with_unknown(prior)
+    width = item_unit.shape[1] + item_tastes.shape[1]
+    tastes = _tastes(store.files("user_taste", [ds], inputs["user_taste"]), [entries.users, others], width)
     return Snapshot(
         ds=ds,
         revision=found.revision,
@@ -323,13 +338,14 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         disliked=disliked,
         liked=liked,
         tallies=tallies,
+        tastes=tastes,
         codes=entries.codes,
         ranks=entries.ranks,
         log_probs=entries.log_probs,
         because=entries.because,
         reasons=entries.reasons,
         items=ids.index,
-        catalogue=Items(item_unit, categories.of_items).with_unknown(),
+        catalogue=catalogue,
         item_log_odds=np.array([*(log_odds.get(item, prior) for item in ids.items), prior]),
     )
 
@@ -466,6 +482,30 @@ def _contexts(
         liked,
         _tallies(column("categories"), category_numbers, order),
     )
+
+
+def _tastes(files: Sequence[str], users: Sequence[pa.StringArray], width: int) -> np.ndarray:
+    """Weights of users, one group after another, and of one who is not known: float32 [n, width].
+
+    Raises:
+        ArtefactError: weights of another width.
+    """
+    parts = [
+        part for part in _in_parallel(lambda file: _read(file, ["user_id", "weights"]), files) if len(part)
+    ]
+    out = np.zeros((sum(map(len, users)) + 1, width), np.float32)
+    if not parts:
+        return out
+    rows = pa.concat_tables(parts)
+    weights = np.concatenate([pc.list_flatten(chunk).to_numpy() for chunk in rows["weights"].chunks])
+    if len(weights) != len(rows) * width:
+        raise ArtefactError(
+            f"table user_taste: weights of {len(weights) // len(rows)} numbers where its items have"
+            f" {width}; run the stage user_taste again with --force"
+        )
+    place = pc.index_in(pa.chunked_array(users), rows["user_id"]).fill_null(-1).to_numpy()
+    out[:-1][place >= 0] = weights.reshape(-1, width)[place[place >= 0]]
+    return out
 
 
 def _history(lists: pa.ChunkedArray, known: pa.Array, order: np.ndarray) -> History:

@@ -18,7 +18,7 @@ from negrec_core.set_order import SET_FEATURES
 
 Codes = tuple[int, ...]
 DS = "2026-03-10"
-PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.6, -0.4, 0.5, 0.5, 0.3, 0.2]), -2.0, 0.5, -1.0, 5.0)
+PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.6, -0.4, 0.5, 0.5, 0.3, 0.2, 0.4, 0.3]), -1.6, 0.5, -1.0, 5.0)
 
 
 class Entry(NamedTuple):
@@ -106,6 +106,8 @@ def publish(
     score: BlockScore = PLAIN_SCORE,
     rates: Mapping[str, float] | None = None,
     contexts: Mapping[str, Context] | None = None,
+    item_tastes: Mapping[str, Sequence[float]] | None = None,
+    user_tastes: Mapping[str, Sequence[float]] | None = None,
     categories: Mapping[str, str] | None = None,
     expires_on: dt.date | None = None,
 ) -> DeltaStore:
@@ -121,6 +123,8 @@ def publish(
         score: the block score.
         rates: item -> log odds.
         contexts: user -> what the user disliked and liked before.
+        item_tastes: item -> log odds and factors.
+        user_tastes: user -> weights.
         categories: item -> category path.
         expires_on: default: eight days after `ds`.
     """
@@ -152,6 +156,14 @@ def publish(
                 "bucket": len(user) % 2,
             }
             for user, context in (contexts or {}).items()
+        ],
+        "item_taste": [
+            {"item_id": item, "log_odds": own, "factors": factors}
+            for item, (own, *factors) in (item_tastes or {}).items()
+        ],
+        "user_taste": [
+            {"user_id": user, "weights": weights, "bucket": len(user) % 2}
+            for user, weights in (user_tastes or {}).items()
         ],
         "block_score": [score_row(score)],
     }

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.block_list import BlockListTask, judged_exposures
+from jobs.block_list import BlockListTask, block_list_task, judged_exposures
 from jobs.context import JobContext, read_files, run_sql
 from jobs.gates import blocked_by_category, of_some_users
-from negrec_core.blocklist import load_block_score
 from negrec_core.delta import Commit
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
@@ -218,40 +217,33 @@ def score_row(ctx: JobContext) -> dict[str, Any]:
     return row
 
 
-def made_from(ctx: JobContext) -> tuple["DataFrame", "DataFrame", BlockListTask]:
-    """What the published list was made from: its `negative_item_set`, its `user_context`, and the rest.
+# The frames of sql/block_list.sql.
+_FRAMES = {"predicted": "negative_item_set", "contexts": "user_context", "tastes": "user_taste"}
+
+
+def made_from(ctx: JobContext) -> tuple[dict[str, "DataFrame"], BlockListTask]:
+    """What the published list was made from: the frames of sql/block_list.sql, and the rest.
 
     At the versions that its commit names, so that what it blocks is what it blocked when it was published.
     """
     require(ctx, "block_list")
-    made = ctx.store.commit_of("block_list", ctx.ds).provenance
-    score, models = load_block_score(ctx.store, ctx.ds, made.inputs["block_score"])
-    task = BlockListTask(
-        str(ctx.store.root),
-        str(ctx.warehouse.models),
-        ctx.ds,
-        models[CODEBOOK],
-        made.inputs["item_semantic_id"],
-        made.inputs["item_rate"],
-        made.inputs["item"],
-        score,
-    )
-    predicted, contexts = (
-        read_files(ctx.spark, ctx.store, table, ctx.store.files(table, [ctx.ds], made.inputs.get(table)))
-        for table in ("negative_item_set", "user_context")
-    )
-    return predicted, contexts, task
+    inputs = ctx.store.commit_of("block_list", ctx.ds).provenance.inputs
+    frames = {
+        name: read_files(ctx.spark, ctx.store, table, ctx.store.files(table, [ctx.ds], inputs.get(table)))
+        for name, table in _FRAMES.items()
+    }
+    return frames, block_list_task(ctx.warehouse, ctx.ds, inputs)
 
 
 def judge_of_list(ctx: JobContext) -> Callable[["DataFrame"], "DataFrame"]:
     """(user_id, item_id, liked) -> (item_id, liked, blocked) by the published list."""
-    predicted, contexts, task = made_from(ctx)
+    frames, task = made_from(ctx)
 
     def judged(exposures: "DataFrame") -> "DataFrame":
         # Before the sets are gathered: the users judged are few where there are many.
         shown = exposures.select("user_id").distinct()
-        frames = {"predicted": predicted.join(shown, "user_id", "left_semi"), "contexts": contexts}
-        return judged_exposures(run_sql(ctx.spark, "block_list", frames), exposures, task)
+        of_shown = frames | {"predicted": frames["predicted"].join(shown, "user_id", "left_semi")}
+        return judged_exposures(run_sql(ctx.spark, "block_list", of_shown), exposures, task)
 
     return judged
 

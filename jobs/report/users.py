@@ -1,7 +1,6 @@
 """A sample of users: what they disliked, what is predicted and why, what happened next."""
 
 import datetime as dt
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,19 +155,13 @@ def _blocked_of(ctx: JobContext, pages: dict[str, list[str]]) -> dict[str, set[s
     found: dict[str, set[str]] = {user: set() for user in pages}
     if not pages:
         return found
-    predicted, contexts, task = made_from(ctx)
-    sets = predicted.where(F.col("user_id").isin(list(pages)))
-    users = run_sql(ctx.spark, "block_list", {"predicted": sets, "contexts": contexts}).cache()
-    frames = []
-    for user, items in pages.items():
-        # One frame per user: the judgement does not say whose it is.
-        shown = [(user, item, False) for item in items]
-        exposures = ctx.spark.createDataFrame(shown, "user_id string, item_id string, liked boolean")
-        judged = judged_exposures(users.where(F.col("user_id") == user), exposures, task)
-        frames.append(judged.where("blocked").select(F.lit(user).alias("user_id"), "item_id"))
-    for row in functools.reduce(lambda one, other: one.unionByName(other), frames).collect():
+    frames, task = made_from(ctx)
+    frames["predicted"] = frames["predicted"].where(F.col("user_id").isin(list(pages)))
+    shown = [(user, item, False) for user, items in pages.items() for item in items]
+    exposures = ctx.spark.createDataFrame(shown, "user_id string, item_id string, liked boolean")
+    judged = judged_exposures(run_sql(ctx.spark, "block_list", frames), exposures, task)
+    for row in judged.where("blocked").collect():
         found[row["user_id"]].add(row["item_id"])
-    users.unpersist()
     return found
 
 

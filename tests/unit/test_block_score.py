@@ -25,6 +25,9 @@ shares = st.sampled_from([0, 0.01, 0.05, 0.07, 0.1, 0.29, 0.5, 0.57, 0.99, 1]) |
 scores = st.lists(st.integers(0, 6).map(lambda n: n / 6) | st.floats(0, 1), max_size=40)
 
 
+FACTORS, PRIOR = 2, -1.1
+
+
 def unit_rows(rng, n, dim):
     rows = rng.normal(size=(n, dim))
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
@@ -32,8 +35,14 @@ def unit_rows(rng, n, dim):
 
 def some_items(rng, n, dim, unknown=0):
     """Random items; the last ones are such that nothing is known of."""
-    items = Items(unit_rows(rng, n, dim), rng.integers(-1, 3, (n, 2)).astype(np.int32))
-    return items.with_unknown() if unknown else items
+    kinds = rng.integers(-1, 3, (n, 2)).astype(np.int32)
+    items = Items(unit_rows(rng, n, dim), kinds, rng.normal(size=(n, 1 + FACTORS)))
+    return items.with_unknown(PRIOR) if unknown else items
+
+
+def some_taste(rng, dim):
+    """Weights of a user: own log odds, embedding, factors."""
+    return rng.normal(size=1 + dim + FACTORS)
 
 
 def some_tally(rng, n):
@@ -42,7 +51,7 @@ def some_tally(rng, n):
 
 
 def features_by_loop(
-    candidates, entries, log_probs, disliked, liked, tally, item_log_odds, user_log_odds, prior, pseudo
+    candidates, entries, log_probs, disliked, liked, tally, taste, item_log_odds, user_log_odds, prior, pseudo
 ):
     share = 1 / (1 + math.exp(-prior))
 
@@ -50,7 +59,8 @@ def features_by_loop(
         return sum(float(a) * float(b) for a, b in zip(one, other, strict=True))
 
     rows = []
-    for candidate, kinds, item in zip(candidates.unit, candidates.categories, item_log_odds, strict=True):
+    every = zip(candidates.unit, candidates.categories, candidates.tastes, item_log_odds, strict=True)
+    for candidate, kinds, (own, *factors), item in every:
         similarity, affinity, total = -math.inf, 0.0, 0.0
         for entry, log_prob in zip(entries, log_probs, strict=True):
             similarity = max(similarity, cosine(candidate, entry))
@@ -73,7 +83,10 @@ def features_by_loop(
                 for counts in (tally.negatives, tally.positives)
             )
             within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
-        rows.append([similarity, affinity / total, *history, float(item), user_log_odds, *within])
+        liking = own + cosine(taste[1:], [*candidate, *factors])
+        rows.append(
+            [similarity, affinity / total, *history, float(item), user_log_odds, *within, liking, taste[0]]
+        )
     return np.array(rows).reshape(-1, len(FEATURES))
 
 
@@ -87,17 +100,18 @@ def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, n_categories, se
     entries, log_probs = unit_rows(rng, m, 5), -rng.exponential(3, m)
     disliked, liked = unit_rows(rng, n_disliked, 5), unit_rows(rng, n_liked, 5)
     known = (candidates, entries, log_probs, disliked, liked, some_tally(rng, n_categories))
-    inputs = (*known, rng.normal(size=n + 1), 0.7, -1.1, 5.0)
+    inputs = (*known, some_taste(rng, 5), rng.normal(size=n + 1), 0.7, PRIOR, 5.0)
     ours = features(*inputs)
     np.testing.assert_allclose(ours, features_by_loop(*inputs), atol=1e-5)
     assert ours.shape == (n + 1, len(FEATURES))
     assert (ours[-1, :2] == 0).all()
+    assert ours[-1, FEATURES.index("taste")] == PRIOR
 
 
 def test_affinity_survives_tiny_probabilities():
     rng = np.random.default_rng(0)
     candidates, entries, past = some_items(rng, 3, 4), unit_rows(rng, 2, 4), unit_rows(rng, 2, 4)
-    rest = (past, past, some_tally(rng, 2), np.zeros(3), 0.0, -1.0, 5.0)
+    rest = (past, past, some_tally(rng, 2), some_taste(rng, 4), np.zeros(3), 0.0, -1.0, 5.0)
     far = features(candidates, entries, np.array([-1000.0, -1001.0]), *rest)
     close = features(candidates, entries, np.array([0.0, -1.0]), *rest)
     np.testing.assert_allclose(far, close)
@@ -125,9 +139,9 @@ def test_without_a_past_nearness_is_the_floor():
 
 
 def test_score_is_the_logistic_of_the_weighted_features():
-    score = BlockScore(np.array([1.0, -2.0, 0.3, -0.4, 0.5, 0.25, 2.0, -1.0]), 0.5, 0.5, -1.0, 5.0)
-    row = [0.3, 0.1, -1.0, -2.0, -1.2, 2.0, 0.1, 0.3]
-    odds = 0.3 - 0.2 - 0.3 + 0.8 - 0.6 + 0.5 + 0.2 - 0.3 + 0.5
+    score = BlockScore(np.array([1.0, -2.0, 0.3, -0.4, 0.5, 0.25, 2.0, -1.0, 0.5, 1.5]), 0.5, 0.5, -1.0, 5.0)
+    row = [0.3, 0.1, -1.0, -2.0, -1.2, 2.0, 0.1, 0.3, 0.8, -0.2]
+    odds = 0.3 - 0.2 - 0.3 + 0.8 - 0.6 + 0.5 + 0.2 - 0.3 + 0.4 - 0.3 + 0.5
     assert score.score(np.array([row]))[0] == pytest.approx(1 / (1 + math.exp(-odds)))
 
 

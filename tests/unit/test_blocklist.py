@@ -58,6 +58,14 @@ CONTEXTS = {
 USERS = [*ENTRIES, "carl", "dora", "nobody"]
 PAGE = [*ITEMS, "no such item"]
 
+_RNG = np.random.default_rng(4)
+# Some items and users have none; a user of `CONTEXTS` without entries has one.
+ITEM_TASTES = {item: _RNG.normal(size=2).tolist() for item in list(ITEMS)[:-1]}
+USER_TASTES = {
+    user: _RNG.normal(size=1 + CODEBOOK_OF_TESTS.dim + 1).tolist()
+    for user in sorted({*ENTRIES, *CONTEXTS})[1:]
+}
+
 
 @pytest.fixture(scope="module")
 def warehouse(tmp_path_factory):
@@ -70,6 +78,8 @@ def warehouse(tmp_path_factory):
         ENTRIES,
         rates=RATES,
         contexts=CONTEXTS,
+        item_tastes=ITEM_TASTES,
+        user_tastes=USER_TASTES,
         categories=CATEGORIES,
     )
     return root
@@ -129,6 +139,10 @@ def score_by_loop(user, item):
             for items in (context.negatives, context.positives)
         )
         parts.append(math.log((bad + 5 * prior) / (good + 5 * (1 - prior))))
+    own, *factors = ITEM_TASTES.get(item, [PLAIN_SCORE.prior_log_odds, 0.0])
+    weights = USER_TASTES.get(user, [0.0] * (1 + CODEBOOK_OF_TESTS.dim + 1))
+    vector = [*(unit(ITEMS[item]) if item in ITEMS else [0.0] * CODEBOOK_OF_TESTS.dim), *factors]
+    parts += [own + sum(w * x for w, x in zip(weights[1:], vector, strict=True)), weights[0]]
     odds = PLAIN_SCORE.intercept + sum(
         float(c) * p for c, p in zip(PLAIN_SCORE.coefficients, parts, strict=True)
     )
@@ -489,6 +503,15 @@ def nameless_inputs(root, version):
     write(store, "block_list", rows, DS, 2, Provenance({"item_rate": 1}))
 
 
+def test_tastes_of_another_width_are_refused(copy):
+    root, _ = copy
+    store = DeltaStore(root)
+    rows = [{"user_id": "ann", "weights": [0.1, 0.2]}]
+    republish(store, {"user_taste": write(store, "user_taste", rows, DS, 2)})
+    with pytest.raises(ArtefactError, match="user_taste: weights of 2 numbers where its items have 10"):
+        BlockList.open(root, today=TODAY)
+
+
 def republish(store, inputs, revision=2):
     """The same entries again, said to be made from other versions of some tables."""
     old = store.commit_of("block_list", DS).provenance
@@ -508,7 +531,10 @@ DAMAGE = {
     no_score: (MissingError, r"table block_score: no row of ds=2026-03-10"),
     no_ids: (MissingError, r"table item_semantic_id: no item known on ds=2026-03-10"),
     vanished_version: (MissingError, r"table item_rate: there is no version 99"),
-    nameless_inputs: (ArtefactError, r"block_score, item_semantic_id, user_context, item, codebook"),
+    nameless_inputs: (
+        ArtefactError,
+        r"block_score, item_semantic_id, item_taste, user_context, user_taste, item, codebook",
+    ),
 }
 
 
@@ -682,8 +708,8 @@ def test_exemptions_that_cannot_be_read_are_one_line_and_those_known_hold_on(cop
 
 # Two kinds of list that agree on what to block, but whose scores and thresholds must not be mixed:
 # one's scores lie all under the other's threshold.
-LOW = BlockScore(np.array([0.4, *[0.0] * 7]), -3.0, 1 / (1 + math.exp(2.7)), -1.0, 5.0)
-HIGH = BlockScore(np.array([0.4, *[0.0] * 7]), 3.0, 1 / (1 + math.exp(-3.3)), -1.0, 5.0)
+LOW = BlockScore(np.array([0.4, *[0.0] * 9]), -3.0, 1 / (1 + math.exp(2.7)), -1.0, 5.0)
+HIGH = BlockScore(np.array([0.4, *[0.0] * 9]), 3.0, 1 / (1 + math.exp(-3.3)), -1.0, 5.0)
 SAME = next(item for item, codes in ITEMS.items() if codes == (1, 1, 1))
 FAR = min(ITEMS, key=lambda item: score_by_loop("bob", item)[1])
 

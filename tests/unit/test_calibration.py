@@ -16,7 +16,7 @@ from negrec_core.errors import InputError
 from negrec_core.semantic_ids import SemanticIds
 
 SETTINGS = load_config(environment={}).calibration
-TRUE = np.array([2.0, 1.0, 0.8, -0.8, 1.0, 0.5, 0.7, 0.4])
+TRUE = np.array([2.0, 1.0, 0.8, -0.8, 1.0, 0.5, 0.7, 0.4, 0.6, 0.5])
 CODEBOOK = small_codebook()
 PATHS = {"a/x": (0, 0), "a/y": (1, 0), "b": (2, 1)}
 CATEGORY_COUNT = pa.struct(
@@ -28,7 +28,7 @@ def calibration(n, seed=0):
     """Feedback drawn from a logistic model with coefficients `TRUE`."""
     rng = np.random.default_rng(seed)
     # Scales differ as those of the real features do.
-    features = rng.normal(size=(n, len(FEATURES))) * [0.3, 0.3, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0]
+    features = rng.normal(size=(n, len(FEATURES))) * [0.3, 0.3, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0]
     probability = 1 / (1 + np.exp(-(features @ TRUE - 1.0)))
     return Calibration(features, rng.random(n) < probability, n, -1.0)
 
@@ -46,7 +46,7 @@ def test_the_fit_recovers_the_model_that_made_the_data():
 
 def test_the_unit_of_a_feature_changes_nothing():
     given_ = calibration(2_000)
-    scale = np.array([1, 10, 0.01, 1, 3, 1, 0.1, 7])
+    scale = np.array([1, 10, 0.01, 1, 3, 1, 0.1, 7, 2, 0.5])
     other = Calibration(given_.features * scale, given_.disliked, given_.n_users, -1.0)
     ours, theirs = fit(given_, SETTINGS), fit(other, SETTINGS)
     np.testing.assert_allclose(ours.coefficients, theirs.coefficients * scale, rtol=1e-3, atol=1e-4)
@@ -93,7 +93,7 @@ def unit(codes):
     return total / math.sqrt(sum(x * x for x in total))
 
 
-def features_by_loop(label, predictions, contexts, rates, ids, categories, prior, pseudo):
+def features_by_loop(label, predictions, contexts, rates, tastes, ids, categories, prior, pseudo):
     """The features of one label, one number at a time."""
     here = unit(ids[label["item_id"]]) if label["item_id"] in ids else np.zeros(CODEBOOK.dim)
     own = [row for row in predictions if row["user_id"] == label["user_id"]]
@@ -123,6 +123,9 @@ def features_by_loop(label, predictions, contexts, rates, ids, categories, prior
         ]
         bad, good = (sum(row[column] for row in same) for column in ("n_negatives", "n_positives"))
         within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
+    of_items, of_users = tastes
+    item = of_items.get(label["item_id"], [prior, 0.0])
+    user = of_users.get(label["user_id"], np.zeros(1 + CODEBOOK.dim + 1))
     return [
         max(cosines, default=0.0),
         sum(w * c for w, c in zip(weights, cosines, strict=True)) / (sum(weights) or 1.0),
@@ -130,10 +133,12 @@ def features_by_loop(label, predictions, contexts, rates, ids, categories, prior
         rates.get(label["item_id"], prior),
         math.log((n_negatives + pseudo * share) / (n_positives + pseudo * (1 - share))),
         *within,
+        item[0] + sum(w * x for w, x in zip(user[1:], [*here, *item[1:]], strict=True)),
+        user[0],
     ]
 
 
-def held_back(labels, predictions, contexts, rates, prior):
+def held_back(labels, predictions, contexts, rates, prior, item_tastes, user_tastes):
     text, texts, count = pa.string(), pa.list_(pa.string()), pa.int32()
     codes = pa.list_(pa.int32())
     schemas = {
@@ -156,7 +161,7 @@ def held_back(labels, predictions, contexts, rates, prior):
         "rates": [{"item_id": item, "log_odds": odds} for item, odds in rates.items()],
     }
     tables = {name: pa.Table.from_pylist(rows[name], pa.schema(schemas[name])) for name in rows}
-    return HeldBack(**tables, prior_log_odds=prior)
+    return HeldBack(**tables, item_tastes=item_tastes, user_tastes=user_tastes, prior_log_odds=prior)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 25), st.integers(0, 15), st.integers(0, 5))
@@ -207,12 +212,16 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     )
     categories = {item: PATHS.get(str(rng.choice([*PATHS, "none"])), (-1, -1)) for item in items}
     kinds = np.array([categories[item] for item in items], np.int32)
-    back = held_back(labels, predictions, contexts, rates, prior)
-    ours = _features_of(back, known, Items(CODEBOOK.unit(known.codes), kinds), PATHS, CODEBOOK, pseudo)
+    item_tastes = rng.normal(size=(len(items), 2))
+    user_tastes = {user: rng.normal(size=1 + CODEBOOK.dim + 1) for user in users[:4]}
+    tastes = dict(zip(items, item_tastes, strict=True)), user_tastes
+    back = held_back(labels, predictions, contexts, rates, prior, item_tastes, user_tastes)
+    catalogue = Items(CODEBOOK.unit(known.codes), kinds, back.item_tastes)
+    ours = _features_of(back, known, catalogue, PATHS, CODEBOOK, pseudo)
 
     ordered = sorted(labels, key=lambda label: (label["user_id"], label["item_id"]))
     expected = [
-        features_by_loop(label, predictions, contexts, rates, ids, categories, prior, pseudo)
+        features_by_loop(label, predictions, contexts, rates, tastes, ids, categories, prior, pseudo)
         for label in ordered
     ]
     np.testing.assert_allclose(ours.features, np.reshape(expected, (-1, len(FEATURES))), atol=1e-5)
