@@ -137,12 +137,7 @@ class DeltaStore:
                 raise MissingError(
                     f"table {table}: there is no version {version} yet under {self.root}; read another"
                 ) from error
-            # A backtrace without names follows the first line.
-            reason = "".join(filter(str.isprintable, str(error).partition("\n")[0]))
-            raise InputError(
-                f"table {table}: its log cannot be read ({reason}); restore {self.path(table)}/_delta_log"
-                " from a copy"
-            ) from None
+            raise self._damaged_log(table, error) from None
         declared = TABLES[table]
         check_schema(
             table,
@@ -152,6 +147,14 @@ class DeltaStore:
             declared.schema,
         )
         return handle
+
+    def _damaged_log(self, table: str, error: DeltaError) -> InputError:
+        # A backtrace without names follows the first line.
+        reason = "".join(filter(str.isprintable, str(error).partition("\n")[0]))
+        return InputError(
+            f"table {table}: its log cannot be read ({reason}); restore {self.path(table)}/_delta_log"
+            " from a copy"
+        )
 
     def version(self, table: str) -> int:
         """Newest Delta version of a table."""
@@ -236,14 +239,22 @@ class DeltaStore:
         return found
 
     def commits(self, table: str, limit: int | None = None) -> list[Commit]:
-        """Commits of day partitions, newest first, among the last `limit` entries of the log."""
+        """Commits of day partitions, newest first, among the last `limit` entries of the log.
+
+        Raises:
+            InputError: an entry is damaged.
+        """
+        try:
+            entries = self.handle(table).history(limit)
+        except DeltaError as error:
+            raise self._damaged_log(table, error) from None
         return [
             Commit(
                 entry["version"],
                 json.loads(entry["negrec.days"]),
                 Provenance(**json.loads(entry["negrec.provenance"])),
             )
-            for entry in self.handle(table).history(limit)
+            for entry in entries
             if "negrec.days" in entry
         ]
 

@@ -480,6 +480,16 @@ def test_a_damaged_log_is_one_clear_line(store: DeltaStore, damage: Callable[[De
         assert str(raised.value).isprintable()
 
 
+def test_an_old_entry_that_is_damaged_is_one_clear_line(store: DeltaStore) -> None:
+    """Rows are read from the checkpoint; where they came from is told by the entry alone."""
+    store.write_arrow(DAY, profiles(D1, "a"), {D1: 1}, NOTHING)
+    store.handle(DAY).create_checkpoint()
+    cut_in_half(log_entry(store))
+    assert users(store) == {D1: ["a"]}
+    with pytest.raises(InputError, match=rf"^table {DAY}: its log cannot be read .*; restore "):
+        store.commits(DAY)
+
+
 def test_marks_and_failed_attempts_of_spark_are_no_data(store: DeltaStore) -> None:
     run = spread(store, DAY, profiles(D1, "a"))
     (file,) = run.rglob("*.parquet")
