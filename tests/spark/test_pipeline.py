@@ -367,9 +367,17 @@ def make_day(root: Path, folder: Path, classes: Path, *death: object) -> bool:
         Whether it was killed; else it came to its end.
     """
     java = f"{load_config().spark.driver_java_options} -Xlog:disable -XX:SharedArchiveFile={classes}"
+    quick = (
+        f"spark.driver_java_options={java}",
+        "spark.driver_memory=1g",
+        # One core, so that one worker alone imports torch.
+        "spark.master=local[1]",
+        "spark.shuffle_partitions=1",
+        "spark.conf={spark.sql.codegen.wholeStage: 'false', spark.sql.codegen.factoryMode: NO_CODEGEN}",
+    )
     command = [sys.executable, str(REPO / "tests" / "spark" / "killed_driver.py"), *map(str, death)]
-    command += ["--warehouse", str(root), *OPTIONS, "--set", f"spark.driver_java_options={java}"]
-    command += ["--set", "spark.driver_memory=1g", "run", *MAKE_NEXT_DAY]
+    command += ["--warehouse", str(root), *OPTIONS, *(part for one in quick for part in ("--set", one))]
+    command += ["run", *MAKE_NEXT_DAY]
     # Whoever is killed does not clear up.
     env = {**os.environ, "SPARK_LOCAL_DIRS": str(folder / "spark"), "PYTHONPATH": str(REPO)}
     with (folder / "log").open("ab") as out:
