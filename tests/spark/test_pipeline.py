@@ -636,7 +636,7 @@ def test_on_a_full_disk_a_stage_is_one_clear_line_and_yesterdays_list_is_served(
     warehouse = full.open()
     today = dt.date.fromisoformat(NEXT_DAY)
     served = BlockList.open(full.root, today=today)
-    stages = ["item_rate", "user_context", "item_semantic_id", "negative_item_set"]
+    stages = ["item_rate", "user_context", "item_semantic_id", "block_score", "negative_item_set"]
     run_day(warehouse, NEXT_DAY, stages[:1])
     before, files = table_versions(warehouse.store), all_files(full.root)
     for stage in stages[1:]:
@@ -652,7 +652,7 @@ def test_on_a_full_disk_a_stage_is_one_clear_line_and_yesterdays_list_is_served(
         (result,) = run_day(warehouse, NEXT_DAY, [stage])
         assert result.ran
         before, files = table_versions(warehouse.store), all_files(full.root)
-    assert [result.ran for result in run_day(warehouse, NEXT_DAY, stages)] == [False] * 4
+    assert [result.ran for result in run_day(warehouse, NEXT_DAY, stages)] == [False] * 5
 
 
 def all_files(root: Path) -> set[Path]:
@@ -840,7 +840,9 @@ def test_training_anew_outdates_nothing_and_takes_the_newest_codebook(
     assert [row for row in after if row in before] == before
     assert stale(warehouse) == []
     # The next day has the new model and all its IDs.
-    run_day(warehouse, NEXT_DAY, ["user_context", "item_semantic_id", "negative_item_set"])
+    run_day(
+        warehouse, NEXT_DAY, [stage for stage in NEXT_STAGES if stage not in ("item_graph", "block_list")]
+    )
     made = warehouse.store.commit_of("negative_item_set", NEXT_DAY).provenance.models
     assert made == {GENERATOR: second.manifest.version, CODEBOOK: second.codebook_manifest.version}
 
