@@ -163,12 +163,12 @@ def features(
     out[:, 3] = near(candidates.unit, liked)
     out[:, 4] = item_log_odds
     out[:, 5] = user_log_odds
-    out[:, 6:8] = smoothed_log_odds(
-        _of_same_category(candidates, tally.categories, tally.negatives),
-        _of_same_category(candidates, tally.categories, tally.positives),
-        sigmoid(prior_log_odds),
-        pseudo_events,
-    )
+    counts = np.stack([tally.negatives, tally.positives], 1).astype(np.float64)
+    for level in range(2):  # the category, then its top category
+        here = candidates.categories[:, level, None]
+        same = (here == tally.categories[:, level]) & (here >= 0)
+        negatives, positives = (same @ counts).T
+        out[:, 6 + level] = smoothed_log_odds(negatives, positives, sigmoid(prior_log_odds), pseudo_events)
     dim = candidates.unit.shape[1]
     own, factors = candidates.tastes[:, 0], candidates.tastes[:, 1:]
     out[:, 8] = own + candidates.unit @ taste[1 : 1 + dim] + factors @ taste[1 + dim :]
@@ -180,12 +180,6 @@ def user_weights(weights: Sequence[float] | np.ndarray | None, items: Items) -> 
     """The taste of a row of `user_taste`, float64 [1 + dim + factors]; zeros where there is none."""
     width = items.unit.shape[1] + items.tastes.shape[1]
     return np.zeros(width) if weights is None else np.array(weights, np.float64)
-
-
-def _of_same_category(candidates: Items, categories: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums of `counts` over the category of each candidate, and over its top category: [n, 2]."""
-    here = candidates.categories[:, None]
-    return np.einsum("nkl,k->nl", (here == categories) & (here >= 0), counts)
 
 
 def near(candidates: np.ndarray, past: np.ndarray) -> np.ndarray:
