@@ -46,7 +46,7 @@ class Items:
 
     def take(self, rows: np.ndarray | list[int]) -> "Items":
         """The items of some rows."""
-        return Items(self.unit[rows], self.categories[rows], self.tastes[rows])
+        return Items(*(part.take(rows, axis=0) for part in (self.unit, self.categories, self.tastes)))
 
     def with_unknown(self, prior_log_odds: float) -> "Items":
         """The same and a last one, row -1, that stands for items of which nothing is known."""

@@ -119,9 +119,12 @@ def _swap(root: Path, users: int, items: int, seconds: float) -> None:
     def swap() -> None:
         store = DeltaStore(root)
         while not done.wait(1):
-            _republish(store)
-            blocks.refresh(TODAY)
-            swaps[0] += 1
+            try:
+                _republish(store)
+                blocks.refresh(TODAY)
+                swaps[0] += 1
+            except Exception as error:
+                failures.append(f"a swap: {error!r}")
 
     threads = [threading.Thread(target=ask, args=(reader,)) for reader in range(16)]
     threads.append(threading.Thread(target=swap))
