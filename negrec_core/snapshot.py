@@ -42,6 +42,7 @@ _INPUTS = (
     "user_taste",
     "item",
 )
+_STRINGS = pa.dictionary(pa.int32(), pa.string())
 _Value = TypeVar("_Value")
 _Result = TypeVar("_Result")
 
@@ -123,8 +124,8 @@ class Snapshot:
         codes: semantic ID of each entry, unsigned [entries, D].
         ranks: rank of each entry, int32 [entries].
         log_probs: float32 [entries].
-        because: nearest past dislike of each entry, dictionary array of strings.
-        reasons: reason class of each entry, dictionary array of strings.
+        because: nearest past dislike of each entry, strings, as dictionaries.
+        reasons: reason class of each entry, the same.
         items: item id -> row of `catalogue` and `item_log_odds`.
         catalogue: items + 1; the last is one of which nothing is known.
         item_log_odds: float64 [items + 1]; the last is the prior.
@@ -146,8 +147,8 @@ class Snapshot:
     codes: np.ndarray
     ranks: np.ndarray
     log_probs: np.ndarray
-    because: pa.DictionaryArray
-    reasons: pa.DictionaryArray
+    because: pa.ChunkedArray
+    reasons: pa.ChunkedArray
     items: dict[str, int]
     catalogue: Items
     item_log_odds: np.ndarray
@@ -363,8 +364,8 @@ class _Entries:
     codes: np.ndarray
     ranks: np.ndarray
     log_probs: np.ndarray
-    because: pa.DictionaryArray
-    reasons: pa.DictionaryArray
+    because: pa.ChunkedArray
+    reasons: pa.ChunkedArray
 
 
 def _read_entries(files: Sequence[str], codebook: Codebook) -> _Entries:
@@ -378,8 +379,8 @@ def _read_entries(files: Sequence[str], codebook: Codebook) -> _Entries:
         np.concatenate([part.codes for part in parts]),
         np.concatenate([part.ranks for part in parts]),
         np.concatenate([part.log_probs for part in parts]),
-        pa.chunked_array([part.because for part in parts]).unify_dictionaries().combine_chunks(),
-        pa.chunked_array([part.reasons for part in parts]).unify_dictionaries().combine_chunks(),
+        pa.chunked_array([chunk for part in parts for chunk in part.because.chunks], _STRINGS),
+        pa.chunked_array([chunk for part in parts for chunk in part.reasons.chunks], _STRINGS),
     )
     rising = whole.ranks[1:] > whole.ranks[:-1]
     rising[whole.starts[1:-1] - 1] = True  # from one user to the next
@@ -394,24 +395,24 @@ def _read_entries(files: Sequence[str], codebook: Codebook) -> _Entries:
         whole.codes[order],
         whole.ranks[order],
         whole.log_probs[order],
-        whole.because.take(taken),
-        whole.reasons.take(taken),
+        whole.because.unify_dictionaries().take(taken),
+        whole.reasons.unify_dictionaries().take(taken),
     )
 
 
 def _entries_of_file(file: str, codebook: Codebook) -> _Entries:
     """Entries as they lie in a file; a user occurs once for every run of rows."""
     strings = ("user_id", "because_item_id", "reason_class")
-    rows = _read(file, [*strings, "codes", "rank", "log_prob"], strings).unify_dictionaries()
-    users, because, reasons = (rows[name].combine_chunks() for name in strings)
+    rows = _read(file, [*strings, "codes", "rank", "log_prob"], strings)
+    users = rows["user_id"].unify_dictionaries().combine_chunks()
     row = users.indices.to_numpy()
-    first = np.flatnonzero(np.concatenate([np.ones(1, bool), row[1:] != row[:-1]]))
+    first = np.flatnonzero(np.diff(row, prepend=-1))
     lists = rows["codes"].combine_chunks()
     if not (pc.list_value_length(lists).to_numpy(zero_copy_only=False) == codebook.levels).all():
         raise InputError(f"IDs of other lengths where it has {codebook.levels} levels")
     codes = pc.list_flatten(lists).to_numpy().reshape(-1, codebook.levels)
-    largest = [codes[:, level].max() for level in range(codebook.levels)]
-    if codes.min() < 0 or (np.array(largest) >= codebook.code_counts).any():
+    largest = [codes[:, level].max(initial=0) for level in range(codebook.levels)]
+    if codes.min(initial=0) < 0 or (np.array(largest) >= codebook.code_counts).any():
         check_codes(codes, codebook.code_counts)  # names the row; too slow for all lists
     return _Entries(
         users.dictionary.take(pa.array(row[first])),
@@ -419,8 +420,8 @@ def _entries_of_file(file: str, codebook: Codebook) -> _Entries:
         codes.astype(np.min_scalar_type(max(codebook.code_counts) - 1)),
         rows["rank"].to_numpy(),
         rows["log_prob"].to_numpy(),
-        because,
-        reasons,
+        rows["because_item_id"],
+        rows["reason_class"],
     )
 
 
@@ -447,21 +448,18 @@ def _contexts(
 
     Rows are those of `Snapshot`: the listed users, the others, and one for a user who is not known.
     """
-    if not files:
-        starts, empty = np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32)
-        nothing = History(starts, empty)
-        no_tally = Tallies(starts, np.zeros((0, 2), np.int32), empty, empty)
-        return listed[:0], np.full(len(listed) + 1, score.prior_log_odds), nothing, nothing, no_tally
     # Only the ids of the lists: their times and reasons are most of their size.
     columns = ["user_id", "n_negatives", "n_positives", "categories"]
     columns += ["negatives.list.element.item_id", "positives.list.element.item_id"]
     strings = [*columns[-2:], "categories.list.element.category"]
     parts = _in_parallel(lambda file: _read(file, columns, strings), files)
-
-    def column(name: str) -> pa.ChunkedArray:
-        return pa.chunked_array([chunk for part in parts for chunk in part[name].chunks])
-
-    users = column("user_id")
+    if not sum(part.num_rows for part in parts):
+        starts, empty = np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32)
+        nothing = History(starts, empty)
+        no_tally = Tallies(starts, np.zeros((0, 2), np.int32), empty, empty)
+        return listed[:0], np.full(len(listed) + 1, score.prior_log_odds), nothing, nothing, no_tally
+    contexts = pa.concat_tables(parts)
+    users = contexts["user_id"]
     row = pc.index_in(listed, users).fill_null(-1).to_numpy()
     other = np.ones(len(users), bool)
     other[row[row >= 0]] = False
@@ -469,18 +467,18 @@ def _contexts(
     order = np.concatenate([row, np.flatnonzero(other), [-1]])
     counts = []
     for name in ("n_negatives", "n_positives"):
-        count = column(name).fill_null(0).to_numpy()
+        count = contexts[name].fill_null(0).to_numpy()
         counts.append(np.where(order >= 0, count[order], 0))
     known = pa.array(items, pa.string())
     liked, disliked = _in_parallel(
-        lambda name: _history(column(name), known, order), ("positives", "negatives")
+        lambda name: _history(contexts[name], known, order), ("positives", "negatives")
     )
     return (
         users.filter(pa.array(other)).combine_chunks(),
         score.user_log_odds(*counts),
         disliked,
         liked,
-        _tallies(column("categories"), category_numbers, order),
+        _tallies(contexts["categories"], category_numbers, order),
     )
 
 

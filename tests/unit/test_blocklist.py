@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -199,6 +200,28 @@ def test_rows_may_lie_in_any_order_and_ranks_may_have_gaps(copy, blocks):
     item = next(item for item, codes in ITEMS.items() if codes == (2, 0, 1))
     assert shuffled.why("ann", item).rank == 3
     np.testing.assert_allclose(shuffled.scores("bob", PAGE), blocks.scores("bob", PAGE))
+
+
+def test_data_files_without_rows_hold_nothing(copy, blocks):
+    root, _ = copy
+    store = DeltaStore(root)
+    inputs = store.commit_of("block_list", DS).provenance.inputs
+    for table in ("user_context", "block_list"):
+        commit = store.commit_of(table, DS)
+        run = store.new_run(table)
+        for file in map(Path, store.files(table, [DS])):
+            # Its rows, and beside them, in their bucket and in another one, none.
+            for place, rows in ((file.parent.name, None), (file.parent.name, 0), ("bucket=7", 0)):
+                target = run / f"ds={DS}" / place / f"{rows}-{file.name}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(pq.ParquetFile(file).read().slice(0, rows), target)
+        names = {**inputs, "user_context": store.version("user_context")} if table == "block_list" else {}
+        provenance = dataclasses.replace(commit.provenance, inputs=names)
+        store.commit(table, run, {DS: 2}, provenance)
+    again = BlockList.open(root, today=TODAY)
+    assert again.snapshot.revision == 2
+    for user in USERS:
+        np.testing.assert_array_equal(again.scores(user, PAGE), blocks.scores(user, PAGE))
 
 
 def test_history_moves_the_score_of_users_without_entries_too(blocks):
