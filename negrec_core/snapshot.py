@@ -451,8 +451,8 @@ def _contexts(
     # Only the ids of the lists: their times and reasons are most of their size.
     columns = ["user_id", "n_negatives", "n_positives", "categories"]
     columns += ["negatives.list.element.item_id", "positives.list.element.item_id"]
-    strings = [*columns[-2:], "categories.list.element.category"]
-    parts = _in_parallel(lambda file: _read(file, columns, strings), files)
+    paths = ["categories.list.element.category"]
+    parts = _in_parallel(lambda file: _read(file, columns, paths), files)
     if not sum(part.num_rows for part in parts):
         starts, empty = np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32)
         nothing = History(starts, empty)
@@ -509,8 +509,8 @@ def _tastes(files: Sequence[str], users: Sequence[pa.StringArray], width: int) -
 def _history(lists: pa.ChunkedArray, known: pa.Array, order: np.ndarray) -> History:
     """The items of lists that have an ID, as rows among the known; lists in the given order."""
     items = pa.chunked_array([pc.struct_field(pc.list_flatten(chunk), "item_id") for chunk in lists.chunks])
-    items = items.unify_dictionaries().combine_chunks()
-    row = pc.index_in(items.dictionary, known).fill_null(-1).to_numpy()[items.indices.to_numpy()]
+    # Not by distinct ids: of a large catalogue, Parquet keeps most as plain strings.
+    row = pc.index_in(items, known).fill_null(-1).to_numpy()
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(row >= 0)])
     starts, place = _reordered(before[_list_starts(lists)], order)
     return History(starts, row[row >= 0][place])
