@@ -37,18 +37,18 @@ together with that share of the dislikes; less is better.
 
 _ABLATION = """## What each part of the curriculum adds
 
-Made by `python -m train.ablation`. Each row is a generator alone, without the block score: 20 IDs from its
-beam search, the candidate accuracy by its likelihood of the candidates (generation) and by the cosine to
-the nearest of the 20 (similarity), and the within-user AUC of both. Differences are to the row named,
-paired over users, from the mean over seeds on each resample; ± is the standard deviation of the difference
-over seeds, which the intervals do not hold. All rows of a data set have the same vocabulary, starting
-weights per seed, samples and settings but for what the row says. TIGER's task is next-item generation from
-scratch over semantic IDs; here it is a decoder that also learns from each event of the past, knows likes
-from dislikes, and has a likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back.
-P5-CID's IDs come from who reacted to what. TALLRec's and InstructRec's models read titles and have a score
-of candidates only, their likelihood of a yes or of the title; for times disliked it is the count. `@` is
-GRPO's learning rate. Alignment: share of held-out questions answered with the rejected item of four, after
-each step.
+Made by `python -m train.ablation`. Each row is a generator alone, without the block score and without
+choosing its set anew among what is disliked most: the first 20 IDs of its beam search, the candidate
+accuracy by its likelihood of the candidates (generation) and by the cosine to the nearest of the 20
+(similarity), and the within-user AUC of both. Differences are to the row named, paired over users, from the
+mean over seeds on each resample; ± is the standard deviation of the difference over seeds, which the
+intervals do not hold. All rows of a data set have the same vocabulary, starting weights per seed, samples
+and settings but for what the row says. TIGER's task is next-item generation from scratch over semantic IDs;
+here it is a decoder that also learns from each event of the past, knows likes from dislikes, and has a
+likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back. P5-CID's IDs come from
+who reacted to what. TALLRec's and InstructRec's models read titles and have a score of candidates only,
+their likelihood of a yes or of the title; for times disliked it is the count. `@` is GRPO's learning rate.
+Alignment: share of held-out questions answered with the rejected item of four, after each step.
 """
 _HITS = ("HR@20", "FHR@20", "LUF@20", "LIF@20")
 _SCORED = tuple(

@@ -142,7 +142,7 @@ def test_a_score_of_titles_is_the_mean_log_likelihood_of_the_answer(store, tmp_p
             assert score == pytest.approx(expected, abs=1e-4)
 
 
-def test_sets_are_those_that_the_daily_job_would_publish(store):
+def test_sets_are_the_first_of_the_beams_that_the_daily_job_keeps(store):
     task = task_of(store, "generation.beam_width=6", "generation.set_size=6")
     student = student_of(task)
     engine = TorchBeamEngine(student.model, student.prompt.vocabulary)
