@@ -419,17 +419,23 @@ class Cell:
 
 
 def cells(
-    grid: Grid, warehouses: dict[str, Path], names: Sequence[str], rates: Sequence[str], seeds: Sequence[int]
+    grid: Grid,
+    warehouses: dict[str, Path],
+    names: Sequence[str],
+    rates: Sequence[str],
+    seeds: Sequence[int],
+    without: Sequence[str] = (),
 ) -> list[Cell]:
     """The cells of the grid; with learning rates, each variant with GRPO once for every one of them.
 
     Without names: all variants but those that need a model that can read, unless the preset can. The rows
-    that add part by part come first, with all seeds.
+    that add part by part come first, with all seeds. Chains are made without the steps `without`.
     """
     from train.models import ScratchPreset, load_preset
 
     reads = not isinstance(load_preset(grid.preset), ScratchPreset)
     chosen = [v for v in VARIANTS if v.name in names or (not names and (reads or v.name not in _TITLES))]
+    chosen = _without(chosen, without)
     found = []
     for seed in seeds:
         for variant in chosen:
@@ -440,6 +446,20 @@ def cells(
                     for dataset, path in warehouses.items()
                 ]
     return sorted(found, key=lambda cell: cell.variant.name.split("@")[0] not in _LADDER)
+
+
+def _without(variants: Sequence[Variant], steps: Sequence[str]) -> list[Variant]:
+    """Variants without some steps; of those that are then the same, the first stands for all."""
+    same: dict[tuple[Any, ...], str] = {}
+    stands_for: dict[str, str] = {}
+    found = []
+    for variant in variants:
+        left = tuple(step for step in variant.steps if step.name not in steps)
+        first = same.setdefault((left, variant.settings), variant.name)
+        stands_for[variant.name] = first
+        if first == variant.name:
+            found.append(replace(variant, steps=left, above=stands_for.get(variant.above, variant.above)))
+    return found
 
 
 def _has_grpo(variant: Variant) -> bool:
@@ -653,6 +673,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variant", action="append", default=[], choices=[v.name for v in VARIANTS])
     parser.add_argument("--seed", action="append", type=int, help=f"default: {SEEDS}")
     parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="STEP",
+        help="chains without it, where there is nothing to learn it from",
+    )
+    parser.add_argument(
         "--grpo-rate", action="append", default=[], metavar="RATE", help="GRPO once with each learning rate"
     )
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="of all variants")
@@ -669,7 +696,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--data {pair}: give NAME=WAREHOUSE, NAME one of {[d.name for d in DATASETS]}")
         warehouses[name] = Path(path).absolute()
     grid = Grid(given.work.absolute(), given.preset, tuple(given.set), given.users)
-    wanted = cells(grid, warehouses, given.variant, given.grpo_rate, given.seed or SEEDS)
+    wanted = cells(grid, warehouses, given.variant, given.grpo_rate, given.seed or SEEDS, given.without)
     if given.report:
         summarise(grid.work / "cells", _HERE / "results" / "ablation")
         write_report(_HERE / "results", [dataset.name for dataset in DATASETS], _HERE / "RESULTS.md")

@@ -202,6 +202,15 @@ def test_a_learning_rate_of_grpo_makes_rows_of_its_own(grid, tmp_path):
         assert config.generator.grpo.learning_rate == float(rate)
 
 
+def test_without_a_step_rows_that_become_the_same_are_one(grid, tmp_path):
+    made = cells(grid, {"steam": tmp_path}, [], [], [1], ["alignment"])
+    above = {cell.variant.name: cell.variant.above for cell in made}
+    assert above["grpo-next"] == above["more-warm-up"] == "translation"
+    assert not above.keys() & {"alignment", "aligned-last", "forget-warm-up", "forget-plain", "forget-grpo"}
+    assert {"grpo-a", "grpo-c", "grpo-plain", "collaborative"} <= above.keys()
+    assert all(step.name != "alignment" for cell in made for step in cell.link.steps)
+
+
 def test_plain_grpo_and_more_warm_up_make_as_many_updates_as_the_stages(grid):
     by_name = {variant.name: variant for variant in VARIANTS}
     plain = grid.config("movielens", by_name["grpo-plain"].steps[-1].settings).generator.grpo.stages
