@@ -86,12 +86,21 @@ def day_tables(version: str, seed: int) -> dict[str, Rows]:
         row["event_time"] = when
     liked = list({(row["user_id"], row["item_id"], row["polarity"]): row for row in liked}.values())
     rates = [{"item_id": item, "log_odds": float(rng.normal(-1, 1))} for item in names[::2]]
+    factors = 2
+    item_tastes = [
+        {"item_id": item, "log_odds": float(rng.normal(-1, 1)), "factors": rng.normal(size=factors).tolist()}
+        for item in names[1:]
+    ]
+    width = 1 + small_codebook().dim + factors
+    user_tastes = [{"user_id": user, "weights": rng.normal(size=width).tolist()} for user in USERS[1:]]
     return {
         "negative_item_set": sets,
         "user_context": contexts,
         "behavior_log": shown,
         "feedback": liked,
         "item_rate": rates,
+        "item_taste": item_tastes,
+        "user_taste": user_tastes,
         "block_score": [score_row(with_threshold(0.75))],
         "item_semantic_id": [
             {"codebook_version": version, "item_id": item, "codes": codes} for item, codes in ITEMS.items()
@@ -289,7 +298,8 @@ def test_gates_of_every_publication_are_kept(site: Site) -> None:
 def test_a_list_that_no_longer_holds_is_not_held_against(site: Site) -> None:
     site.publish("block_list.valid_days=1")
     assert site.gates()["users_covered"]["value"] == 1
-    for table in ("negative_item_set", "user_context", "item_rate", "block_score", "feedback"):
+    tastes = ("item_taste", "user_taste")
+    for table in ("negative_item_set", "user_context", "item_rate", *tastes, "block_score", "feedback"):
         site.write(
             table, [{k: v for k, v in row.items() if k != "ds"} for row in site.rows(table)], "2026-03-12"
         )

@@ -25,7 +25,7 @@ from warehouses import save_codebook, small_codebook
 
 import jobs.daily
 import jobs.negative_item_set
-from jobs.block_list import load_catalogue
+from jobs.block_list import block_list_task, load_catalogue
 from jobs.cli import app
 from jobs.context import JobContext, Warehouse
 from jobs.gates import ACCEPTABLE
@@ -851,7 +851,7 @@ def test_the_future_reaches_nothing(fork: Site) -> None:
     warehouse = fork.open()
     store = warehouse.store
     run_day(warehouse, DS, TRAINING_STAGES, force=True)
-    exact = ("feedback", "user_context", "item_rate", *TRAINING_STAGES)
+    exact = ("feedback", "user_context", "item_rate", "item_taste", "user_taste", *TRAINING_STAGES)
     rounded = {name: CLOSE[name] for name in ("item_graph", "negative_item_set", "block_list")}
 
     def artefacts() -> dict[str, list[dict[str, Any]]]:
@@ -905,15 +905,9 @@ def assert_close(after: list[dict[str, Any]], before: list[dict[str, Any]], digi
 
 def test_the_catalogue_of_the_list_ignores_later_items(site: Site) -> None:
     """`load_catalogue` sees the items of its day alone."""
-    from jobs.block_list import BlockListTask
-    from negrec_core.blocklist import load_block_score
-
-    store = site.open().store
-    inputs = store.commit_of("block_list", DS).provenance.inputs
-    score, models = load_block_score(store, DS, inputs["block_score"])
-    versions = (models[CODEBOOK], *(inputs[n] for n in ("item_semantic_id", "item_rate", "item")))
-    task = BlockListTask(str(store.root), str(site.root / "models"), DS, *versions, score)
-    catalogue = load_catalogue(task)
-    ids = load_semantic_ids(store, models[CODEBOOK], DS)
+    warehouse = site.open()
+    made = warehouse.store.commit_of("block_list", DS).provenance
+    catalogue = load_catalogue(block_list_task(warehouse, DS, made.inputs))
+    ids = load_semantic_ids(warehouse.store, made.models[CODEBOOK], DS)
     assert catalogue.index == ids.index
     assert len(catalogue.log_odds) == catalogue.trie.n_ids

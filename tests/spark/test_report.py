@@ -111,10 +111,9 @@ def build(root: Path) -> DeltaStore:
     add("block_score", [{**score, "n_users": 9, "n_likes": 100, "n_dislikes": 50}])
     # The list names the versions that it was made from.
     version = store.version
-    inputs = {
-        t: version(t)
-        for t in ("item_semantic_id", "item_rate", "item", "block_score", "user_context", "negative_item_set")
-    }
+    of_items = ("item_semantic_id", "item_rate", "item_taste", "item")
+    of_users = ("user_context", "user_taste", "negative_item_set")
+    inputs = {table: version(table) for table in (*of_items, *of_users, "block_score")}
     listed = store.read("block_list", days=[DS]).drop(["ds"]).to_pylist()
     for row in listed:
         row["score"] = float(rng.random())

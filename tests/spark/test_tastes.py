@@ -1,0 +1,77 @@
+"""Stages `item_taste` and `user_taste`: what reaches the factorisation, and folding in by Spark."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyspark.sql import SparkSession
+from warehouses import DS, publish, save_codebook, small_codebook
+
+from jobs.item_taste import fit_item_tastes, folded_in, judged_items, sampled
+from jobs.user_taste import FoldInTask, user_taste
+from negrec_core.config import load_config
+from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.taste import ItemTastes
+
+SETTINGS = load_config(environment={}).taste
+CODEBOOK = small_codebook()
+ITEMS = {f"item {n}": (n % 4, n // 4, 1) for n in range(12)}
+RNG = np.random.default_rng(6)
+TASTES = {item: RNG.normal(size=3).tolist() for item in ITEMS}
+FEEDBACK = [
+    (f"user {n % 7}", f"item {RNG.integers(14)}", int(RNG.choice([-1, 1]))) for n in range(60)
+]  # items 12 and 13 have no semantic ID
+
+
+@pytest.fixture(scope="module")
+def feedback(spark: SparkSession):
+    return spark.createDataFrame(FEEDBACK, "user_id string, item_id string, polarity int").repartition(3)
+
+
+def verdicts():
+    """One per user and item, by a loop; a dislike outweighs likes."""
+    found = {}
+    for user, item, polarity in FEEDBACK:
+        found[user, item] = found.get((user, item), False) or polarity == -1
+    return found
+
+
+def test_a_user_judges_an_item_once_and_a_dislike_outweighs(feedback):
+    rows = judged_items(feedback).collect()
+    assert {(row["user_id"], row["item_id"]): row["disliked"] for row in rows} == verdicts()
+    assert len(rows) == len(verdicts())
+
+
+def test_a_sample_holds_all_of_some_users(feedback):
+    whole = judged_items(feedback)
+    n = len(verdicts())
+    assert sampled(whole, n).count() == n
+    some = {(row["user_id"], row["item_id"]) for row in sampled(whole, n // 2).collect()}
+    users = {user for user, _ in some}
+    assert len(users) < 7
+    assert some == {pair for pair in verdicts() if pair[0] in users}
+
+
+def test_spark_folds_in_what_the_optimum_is_from_events_with_an_id(feedback, spark, tmp_path: Path):
+    version = save_codebook(tmp_path, CODEBOOK).version
+    store = publish(tmp_path, version, ITEMS, {}, item_tastes=TASTES)
+    pinned = (store.version("item_semantic_id"), store.version("item_taste"))
+    task = FoldInTask(str(store.root), str(store.root / "models"), DS, version, *pinned, SETTINGS)
+    ours = {row["user_id"]: row["weights"] for row in user_taste(feedback, task).collect()}
+    ids = load_semantic_ids(store, version, DS)
+    values = np.array([TASTES[item] for item in ids.items])
+    items = ItemTastes(values[:, 0], values[:, 1:])
+    expected = folded_in(judged_items(feedback).toArrow(), ids, CODEBOOK.unit(ids.codes), items, SETTINGS)
+    assert ours.keys() == expected.keys() == {user for user, _ in verdicts()}
+    for user, weights in ours.items():
+        np.testing.assert_allclose(weights, expected[user], atol=1e-6)
+        assert np.any(weights)
+
+
+def test_items_do_not_depend_on_how_rows_are_laid_out(feedback, spark, tmp_path: Path):
+    version = save_codebook(tmp_path, CODEBOOK).version
+    ids = load_semantic_ids(publish(tmp_path, version, ITEMS, {}), version, DS)
+    unit = CODEBOOK.unit(ids.codes)
+    one, two = (fit_item_tastes(feedback.repartition(n), ids, unit, SETTINGS) for n in (1, 4))
+    np.testing.assert_array_equal(one.log_odds, two.log_odds)
+    np.testing.assert_array_equal(one.factors, two.factors)
