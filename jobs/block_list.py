@@ -196,7 +196,6 @@ class _User:
         log_probs: of these, [m].
         past: past dislikes that have an ID, with their reasons.
         disliked: unit embeddings of these, [k, dim].
-        liked: the same of past likes that have an ID.
         tally: the user's feedback by category.
         taste: the user's, see `negrec_core.taste`.
         log_odds: the user's.
@@ -208,7 +207,6 @@ class _User:
     log_probs: np.ndarray
     past: list[dict[str, Any]]
     disliked: np.ndarray
-    liked: np.ndarray
     tally: Tally
     taste: np.ndarray
     log_odds: float
@@ -218,22 +216,14 @@ def _user(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> _User
     codes = np.array([entry["codes"] for entry in row["entries"]], np.int32)
     log_probs = np.array([entry["log_prob"] for entry in row["entries"]], np.float64)
     legal = catalogue.trie.contains(codes)
-    disliked, liked = (
-        [event for event in row[column] if event["item_id"] in catalogue.index]
-        for column in ("negatives", "positives")
-    )
-    disliked_unit, liked_unit = (
-        catalogue.items.unit[[catalogue.index[event["item_id"]] for event in events]]
-        for events in (disliked, liked)
-    )
+    past = [event for event in row["negatives"] if event["item_id"] in catalogue.index]
     return _User(
         legal,
         codes[legal],
         catalogue.codebook.unit(codes[legal]),
         log_probs[legal],
-        disliked,
-        disliked_unit,
-        liked_unit,
+        past,
+        catalogue.items.unit[[catalogue.index[event["item_id"]] for event in past]],
         Tally.of(row["categories"], catalogue.category_numbers),
         user_weights(row["weights"], catalogue.items),
         float(score.user_log_odds(np.array(row["n_negatives"]), np.array(row["n_positives"]))),
@@ -246,8 +236,6 @@ def _scores(user: _User, candidates: Items, log_odds: np.ndarray, score: BlockSc
             candidates,
             user.unit,
             user.log_probs,
-            user.disliked,
-            user.liked,
             user.tally,
             user.taste,
             log_odds,

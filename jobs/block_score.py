@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _CURVE_SHARES = np.array([0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5])
 _LEAST = 20
+_RIDGE = 10.0  # a small site has but some hundred labels of held-out users
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class HeldBack:
     Attributes:
         labels: (user_id, item_id, polarity), one row per user and item judged after the anchor.
         predictions: (user_id, rank, codes, log_prob) as in `negative_item_set`.
-        contexts: (user_id, negatives, positives, n_negatives, n_positives) as in `user_context`, but
-            the lists hold item ids only.
+        contexts: (user_id, n_negatives, n_positives, categories) as in `user_context`.
         rates: (item_id, log_odds) as in `item_rate`.
         item_tastes: the column `tastes` of `Items`, [items, 1 + factors].
         user_tastes: user -> weights as in `user_taste`.
@@ -147,7 +147,6 @@ def _held_back(
         .groupBy("user_id", "item_id")
         .agg(F.min("polarity").alias("polarity"))
     )
-    item_ids = [F.col(f"{column}.item_id").alias(column) for column in ("negatives", "positives")]
     events = {row["polarity"]: row["count"] for row in past.groupBy("polarity").count().collect()}
     known = labels.toArrow()
     rates = item_rate(past, settings.rate_pseudo_events).toArrow()
@@ -155,7 +154,7 @@ def _held_back(
     market = Market.of(ids, rates, recent, settings.rate_pseudo_events, ctx.config.generation.popular_ids)
     users = users_of(generate(contexts, task), contexts, past).toArrow().sort_by("user_id").to_pylist()
     order = fit_order(users, known, market)
-    found = contexts.select("user_id", *item_ids, "n_negatives", "n_positives", "categories").toArrow()
+    found = contexts.select("user_id", "n_negatives", "n_positives", "categories").toArrow()
     if ctx.config.anchors == "end_of_day":
         # Such a day has no list for users without feedback.
         found = found.filter(pc.greater(pc.add(found["n_negatives"], found["n_positives"]), 0))
@@ -202,7 +201,7 @@ def _features_of(
     entry_unit = codebook.unit(predicted)
     log_probs = predictions["log_prob"].to_numpy().astype(np.float64)
     contexts = {row["user_id"]: row for row in held_back.contexts.to_pylist()}
-    nothing = {"negatives": [], "positives": [], "n_negatives": 0, "n_positives": 0, "categories": []}
+    nothing = {"n_negatives": 0, "n_positives": 0, "categories": []}
     labels = held_back.labels.sort_by([("user_id", "ascending"), ("item_id", "ascending")])
     judged = labels["item_id"].to_pylist()
     out = np.zeros((len(judged), len(FEATURES)))
@@ -210,10 +209,6 @@ def _features_of(
     for user, span in spans.items():
         own = entries.get(user, slice(0, 0))
         context = contexts.get(user, nothing)
-        disliked, liked = (
-            catalogue.unit[[ids.index[item] for item in context[column] if item in ids.index]]
-            for column in ("negatives", "positives")
-        )
         user_log_odds = smoothed_log_odds(
             context["n_negatives"], context["n_positives"], sigmoid(prior), pseudo_events
         )
@@ -221,8 +216,6 @@ def _features_of(
             catalogue.take([ids.index.get(item, -1) for item in judged[span]]),
             entry_unit[own],
             log_probs[own],
-            disliked,
-            liked,
             Tally.of(context["categories"], category_numbers),
             user_weights(held_back.user_tastes.get(user), catalogue),
             np.array([item_log_odds.get(item, prior) for item in judged[span]]),
@@ -256,11 +249,11 @@ def fit(calibration: Calibration, settings: CalibrationConfig) -> BlockScore:
             f" calibration days, at least {_LEAST} of each are needed; raise"
             " calibration.held_out_share or calibration.days"
         )
-    # Standardised, so that the mild ridge penalty treats all features alike.
+    # Standardised, so that the ridge penalty treats all features alike.
     mean, spread = calibration.features.mean(0), calibration.features.std(0)
     # The deviation of equal values may be a rounding error instead of 0.
     spread[np.ptp(calibration.features, axis=0) == 0] = 1.0
-    model = LogisticRegression(C=1.0, max_iter=1000)
+    model = LogisticRegression(C=1 / _RIDGE, max_iter=1000)
     model.fit((calibration.features - mean) / spread, calibration.disliked)
     coefficients = model.coef_[0] / spread
     intercept = float(model.intercept_[0] - coefficients @ mean)

@@ -2,10 +2,9 @@
 
 A logistic model of a few figures that the ranking service can compute from published tables: how
 near the item's semantic ID is to the user's predicted ones, weighed by the generator's
-probabilities or not, how near it is to what the user disliked and liked before, the smoothed
-dislike rates of the item, of the user, and of the user within the item's category, and what
-`negrec_core.taste` makes of all feedback. One definition serves calibration, the published
-entries and the reader.
+probabilities or not, the smoothed dislike rates of the item, of the user, and of the user within
+the item's category, and what `negrec_core.taste` makes of all feedback. One definition serves
+calibration, the published entries and the reader.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +16,14 @@ import numpy as np
 FEATURES = (
     "similarity",
     "affinity",
-    "near_dislikes",
-    "near_likes",
     "item_log_odds",
     "user_log_odds",
     "category_log_odds",
     "top_category_log_odds",
     "taste",
     "user_taste",
+    "newcomer",
 )
-KERNEL = 5.0  # how fast a past item counts less with distance
-FLOOR = 0.1  # what stands for a user without a past; it also damps the first past items
 
 
 @dataclass(frozen=True)
@@ -124,8 +120,6 @@ def features(
     candidates: Items,
     entries: np.ndarray,
     log_probs: np.ndarray,
-    disliked: np.ndarray,
-    liked: np.ndarray,
     tally: Tally,
     taste: np.ndarray,
     item_log_odds: np.ndarray,
@@ -139,9 +133,6 @@ def features(
         candidates: n items.
         entries: unit embeddings of the user's predicted IDs, [m, dim]; m may be 0.
         log_probs: the generator's log-probabilities of the entries, finite, [m].
-        disliked: unit embeddings of the user's past dislikes, [k, dim]; there may be none. They and the
-            likes are those listed in `user_context` that have an ID, as often as listed.
-        liked: the same of the past likes.
         tally: the user's feedback by category.
         taste: the user's: own log odds, weights of the embedding and of the factors, [1 + dim + factors]; all
             zeros for a user of whom nothing is known.
@@ -159,20 +150,19 @@ def features(
         weight = np.exp(log_probs - log_probs.max())
         out[:, 0] = cosine.max(axis=0)
         out[:, 1] = (weight / weight.sum()) @ cosine
-    out[:, 2] = near(candidates.unit, disliked)
-    out[:, 3] = near(candidates.unit, liked)
-    out[:, 4] = item_log_odds
-    out[:, 5] = user_log_odds
+    out[:, 2] = item_log_odds
+    out[:, 3] = user_log_odds
     counts = np.stack([tally.negatives, tally.positives], 1).astype(np.float64)
     for level in range(2):  # the category, then its top category
         here = candidates.categories[:, level, None]
         same = (here == tally.categories[:, level]) & (here >= 0)
         negatives, positives = (same @ counts).T
-        out[:, 6 + level] = smoothed_log_odds(negatives, positives, sigmoid(prior_log_odds), pseudo_events)
+        out[:, 4 + level] = smoothed_log_odds(negatives, positives, sigmoid(prior_log_odds), pseudo_events)
     dim = candidates.unit.shape[1]
     own, factors = candidates.tastes[:, 0], candidates.tastes[:, 1:]
-    out[:, 8] = own + candidates.unit @ taste[1 : 1 + dim] + factors @ taste[1 + dim :]
-    out[:, 9] = taste[0]
+    out[:, 6] = own + candidates.unit @ taste[1 : 1 + dim] + factors @ taste[1 + dim :]
+    out[:, 7] = taste[0]
+    out[:, 8] = not taste.any()
     return out
 
 
@@ -180,21 +170,6 @@ def user_weights(weights: Sequence[float] | np.ndarray | None, items: Items) -> 
     """The taste of a row of `user_taste`, float64 [1 + dim + factors]; zeros where there is none."""
     width = items.unit.shape[1] + items.tastes.shape[1]
     return np.zeros(width) if weights is None else np.array(weights, np.float64)
-
-
-def near(candidates: np.ndarray, past: np.ndarray) -> np.ndarray:
-    """How near candidates are to past items: log(FLOOR + sum_p exp(KERNEL (cos(x, p) - 1))).
-
-    A kernel density, so that many items near by count for more than one.
-
-    Args:
-        candidates: unit embeddings, [n, dim]; a zero row has cosine 0 to everything.
-        past: unit embeddings, [m, dim]; without any the value is log(FLOOR).
-
-    Returns:
-        [n].
-    """
-    return np.log(FLOOR + np.exp(KERNEL * (past @ candidates.T - 1.0)).sum(axis=0))
 
 
 def smoothed_log_odds(

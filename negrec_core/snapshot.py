@@ -65,28 +65,11 @@ class Published:
 
 
 @dataclass(frozen=True, eq=False)
-class History:
-    """Past items of every user, those of one user after those of another.
-
-    Attributes:
-        starts: int64 [users + 1]; the items of user row r are `rows[starts[r]:starts[r + 1]]`.
-        rows: row of `Snapshot.catalogue` of each item, int32 [items].
-    """
-
-    starts: np.ndarray
-    rows: np.ndarray
-
-    def of(self, user_row: int) -> np.ndarray:
-        """Rows int32 [m] of one user's items."""
-        return self.rows[self.starts[user_row] : self.starts[user_row + 1]]
-
-
-@dataclass(frozen=True, eq=False)
 class Tallies:
-    """Feedback by category of every user, laid out as `History`.
+    """Feedback by category of every user, that of one user after that of another.
 
     Attributes:
-        starts: int64 [users + 1].
+        starts: int64 [users + 1]; that of user row r is from `starts[r]` to `starts[r + 1]`.
         categories: numbers of category and top category, int32 [n, 2].
         negatives: dislikes, int32 [n].
         positives: likes, int32 [n].
@@ -117,9 +100,7 @@ class Snapshot:
         others: user id -> row, for users with a context but without entries; these follow.
         starts: int64 [users + 1]; the entries of user row r are `starts[r]:starts[r + 1]`.
         user_log_odds: smoothed, float64 [users + others + 1]; the last is the prior.
-        disliked: past dislikes of [users + others + 1]; the last has none.
-        liked: past likes of the same.
-        tallies: feedback by category of the same.
+        tallies: feedback by category of [users + others + 1]; the last has none.
         tastes: weights of the same, float32 [users + others + 1, 1 + dim + factors]; the last are 0.
         codes: semantic ID of each entry, unsigned [entries, D].
         ranks: rank of each entry, int32 [entries].
@@ -140,8 +121,6 @@ class Snapshot:
     others: Mapping[str, int]
     starts: np.ndarray
     user_log_odds: np.ndarray
-    disliked: History
-    liked: History
     tallies: Tallies
     tastes: np.ndarray
     codes: np.ndarray
@@ -162,8 +141,6 @@ class Snapshot:
             self.catalogue.take(rows),
             self.entry_units(span),
             self.log_probs[span],
-            self.catalogue.unit[self.disliked.of(user)],
-            self.catalogue.unit[self.liked.of(user)],
             self.tallies.of(user),
             self.tastes[user],
             self.item_log_odds[rows],
@@ -315,10 +292,9 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
             " restore that codebook"
         ) from None
     categories = load_categories(store, ds, ids.items, inputs["item"])
-    others, user_log_odds, disliked, liked, tallies = _contexts(
+    others, user_log_odds, tallies = _contexts(
         store.files("user_context", [ds], inputs["user_context"]),
         entries.users,
-        ids.items,
         categories.numbers,
         score,
     )
@@ -336,8 +312,6 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         others=StringIndex(others, len(entries.users)),
         starts=entries.starts,
         user_log_odds=user_log_odds,
-        disliked=disliked,
-        liked=liked,
         tallies=tallies,
         tastes=tastes,
         codes=entries.codes,
@@ -440,24 +414,20 @@ def _read(file: str, columns: Sequence[str], as_dictionaries: Sequence[str] = ()
 def _contexts(
     files: Sequence[str],
     listed: pa.StringArray,
-    items: list[str],
     category_numbers: dict[str, tuple[int, int]],
     score: BlockScore,
-) -> tuple[pa.StringArray, np.ndarray, History, History, Tallies]:
-    """What `user_context` knows: other users than the listed; log odds, dislikes, likes and tallies of all.
+) -> tuple[pa.StringArray, np.ndarray, Tallies]:
+    """What `user_context` knows: other users than the listed; log odds and tallies of all.
 
     Rows are those of `Snapshot`: the listed users, the others, and one for a user who is not known.
     """
-    # Only the ids of the lists: their times and reasons are most of their size.
     columns = ["user_id", "n_negatives", "n_positives", "categories"]
-    columns += ["negatives.list.element.item_id", "positives.list.element.item_id"]
     paths = ["categories.list.element.category"]
     parts = _in_parallel(lambda file: _read(file, columns, paths), files)
     if not sum(part.num_rows for part in parts):
         starts, empty = np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32)
-        nothing = History(starts, empty)
         no_tally = Tallies(starts, np.zeros((0, 2), np.int32), empty, empty)
-        return listed[:0], np.full(len(listed) + 1, score.prior_log_odds), nothing, nothing, no_tally
+        return listed[:0], np.full(len(listed) + 1, score.prior_log_odds), no_tally
     contexts = pa.concat_tables(parts)
     users = contexts["user_id"]
     row = pc.index_in(listed, users).fill_null(-1).to_numpy()
@@ -469,15 +439,9 @@ def _contexts(
     for name in ("n_negatives", "n_positives"):
         count = contexts[name].fill_null(0).to_numpy()
         counts.append(np.where(order >= 0, count[order], 0))
-    known = pa.array(items, pa.string())
-    liked, disliked = _in_parallel(
-        lambda name: _history(contexts[name], known, order), ("positives", "negatives")
-    )
     return (
         users.filter(pa.array(other)).combine_chunks(),
         score.user_log_odds(*counts),
-        disliked,
-        liked,
         _tallies(contexts["categories"], category_numbers, order),
     )
 
@@ -504,16 +468,6 @@ def _tastes(files: Sequence[str], users: Sequence[pa.StringArray], width: int) -
     place = pc.index_in(pa.chunked_array(users), rows["user_id"]).fill_null(-1).to_numpy()
     out[:-1][place >= 0] = weights.reshape(-1, width)[place[place >= 0]]
     return out
-
-
-def _history(lists: pa.ChunkedArray, known: pa.Array, order: np.ndarray) -> History:
-    """The items of lists that have an ID, as rows among the known; lists in the given order."""
-    items = pa.chunked_array([pc.struct_field(pc.list_flatten(chunk), "item_id") for chunk in lists.chunks])
-    # Not by distinct ids: of a large catalogue, Parquet keeps most as plain strings.
-    row = pc.index_in(items, known).fill_null(-1).to_numpy()
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(row >= 0)])
-    starts, place = _reordered(before[_list_starts(lists)], order)
-    return History(starts, row[row >= 0][place])
 
 
 def _tallies(lists: pa.ChunkedArray, numbers: dict[str, tuple[int, int]], order: np.ndarray) -> Tallies:

@@ -11,7 +11,7 @@ WITH sets AS (
   GROUP BY user_id
 )
 SELECT
-  s.user_id, s.entries, c.negatives, c.positives, c.n_negatives, c.n_positives, c.categories, t.weights
+  s.user_id, s.entries, c.negatives, c.n_negatives, c.n_positives, c.categories, t.weights
 FROM sets s
 JOIN {contexts} c ON s.user_id = c.user_id
 LEFT JOIN {tastes} t ON s.user_id = t.user_id

@@ -18,7 +18,7 @@ from negrec_core.set_order import SET_FEATURES
 
 Codes = tuple[int, ...]
 DS = "2026-03-10"
-PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.6, -0.4, 0.5, 0.5, 0.3, 0.2, 0.4, 0.3]), -1.6, 0.5, -1.0, 5.0)
+PLAIN_SCORE = BlockScore(np.array([4.0, 2.0, 0.5, 0.5, 0.3, 0.2, 0.4, 0.3, 0.0]), -1.4, 0.5, -1.0, 5.0)
 
 
 class Entry(NamedTuple):

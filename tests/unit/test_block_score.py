@@ -7,14 +7,11 @@ from hypothesis import strategies as st
 
 from negrec_core.block_score import (
     FEATURES,
-    FLOOR,
-    KERNEL,
     BlockScore,
     Items,
     Tally,
     curve,
     features,
-    near,
     sigmoid,
     smoothed_log_odds,
     threshold_at,
@@ -51,7 +48,7 @@ def some_tally(rng, n):
 
 
 def features_by_loop(
-    candidates, entries, log_probs, disliked, liked, tally, taste, item_log_odds, user_log_odds, prior, pseudo
+    candidates, entries, log_probs, tally, taste, item_log_odds, user_log_odds, prior, pseudo
 ):
     share = 1 / (1 + math.exp(-prior))
 
@@ -68,10 +65,6 @@ def features_by_loop(
             total += math.exp(log_prob)
         if not len(entries):
             similarity, affinity, total = 0.0, 0.0, 1.0
-        history = [
-            math.log(0.1 + sum(math.exp(5 * (cosine(candidate, item) - 1)) for item in past))
-            for past in (disliked, liked)
-        ]
         within = []
         for level, kind in enumerate(kinds):
             bad, good = (
@@ -85,7 +78,16 @@ def features_by_loop(
             within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
         liking = own + cosine(taste[1:], [*candidate, *factors])
         rows.append(
-            [similarity, affinity / total, *history, float(item), user_log_odds, *within, liking, taste[0]]
+            [
+                similarity,
+                affinity / total,
+                float(item),
+                user_log_odds,
+                *within,
+                liking,
+                taste[0],
+                not any(taste),
+            ]
         )
     return np.array(rows).reshape(-1, len(FEATURES))
 
@@ -93,14 +95,13 @@ def features_by_loop(
 sizes = st.integers(0, 6)
 
 
-@given(st.integers(0, 12), sizes, sizes, sizes, sizes, st.integers(0, 2**32 - 1))
-def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, n_categories, seed):
+@given(st.integers(0, 12), sizes, sizes, st.booleans(), st.integers(0, 2**32 - 1))
+def test_features_equal_a_plain_loop(n, m, n_categories, new, seed):
     rng = np.random.default_rng(seed)
     candidates = some_items(rng, n, 5, unknown=1)
     entries, log_probs = unit_rows(rng, m, 5), -rng.exponential(3, m)
-    disliked, liked = unit_rows(rng, n_disliked, 5), unit_rows(rng, n_liked, 5)
-    known = (candidates, entries, log_probs, disliked, liked, some_tally(rng, n_categories))
-    inputs = (*known, some_taste(rng, 5), rng.normal(size=n + 1), 0.7, PRIOR, 5.0)
+    known = (candidates, entries, log_probs, some_tally(rng, n_categories))
+    inputs = (*known, some_taste(rng, 5) * (not new), rng.normal(size=n + 1), 0.7, PRIOR, 5.0)
     ours = features(*inputs)
     np.testing.assert_allclose(ours, features_by_loop(*inputs), atol=1e-5)
     assert ours.shape == (n + 1, len(FEATURES))
@@ -110,38 +111,17 @@ def test_features_equal_a_plain_loop(n, m, n_disliked, n_liked, n_categories, se
 
 def test_affinity_survives_tiny_probabilities():
     rng = np.random.default_rng(0)
-    candidates, entries, past = some_items(rng, 3, 4), unit_rows(rng, 2, 4), unit_rows(rng, 2, 4)
-    rest = (past, past, some_tally(rng, 2), some_taste(rng, 4), np.zeros(3), 0.0, -1.0, 5.0)
+    candidates, entries = some_items(rng, 3, 4), unit_rows(rng, 2, 4)
+    rest = (some_tally(rng, 2), some_taste(rng, 4), np.zeros(3), 0.0, -1.0, 5.0)
     far = features(candidates, entries, np.array([-1000.0, -1001.0]), *rest)
     close = features(candidates, entries, np.array([0.0, -1.0]), *rest)
     np.testing.assert_allclose(far, close)
 
 
-@given(st.integers(0, 8), st.integers(0, 2**32 - 1))
-def test_nearness_grows_with_each_past_item_and_most_with_the_same_one(m, seed):
-    rng = np.random.default_rng(seed)
-    candidates, past, more = unit_rows(rng, 4, 5), unit_rows(rng, m, 5), unit_rows(rng, 1, 5)
-    before = near(candidates, past)
-    after = near(candidates, np.vstack([past, more]))
-    same = near(candidates, np.vstack([past, candidates[:1]]))
-    assert (before >= np.log(FLOOR) - 1e-6).all()
-    assert (after > before).all()
-    assert same[0] >= after[0] - 1e-6
-    # Each item adds from exp(-2 KERNEL), at the other end, to 1, where they are the same.
-    added = np.exp(after.astype(float)) - np.exp(before.astype(float))
-    assert (added > np.exp(-2 * KERNEL) - 1e-5).all()
-    assert (added < 1 + 1e-5).all()
-
-
-def test_without_a_past_nearness_is_the_floor():
-    candidates = unit_rows(np.random.default_rng(0), 3, 4)
-    assert near(candidates, np.zeros((0, 4), np.float32)) == pytest.approx(np.log([0.1] * 3))
-
-
 def test_score_is_the_logistic_of_the_weighted_features():
-    score = BlockScore(np.array([1.0, -2.0, 0.3, -0.4, 0.5, 0.25, 2.0, -1.0, 0.5, 1.5]), 0.5, 0.5, -1.0, 5.0)
-    row = [0.3, 0.1, -1.0, -2.0, -1.2, 2.0, 0.1, 0.3, 0.8, -0.2]
-    odds = 0.3 - 0.2 - 0.3 + 0.8 - 0.6 + 0.5 + 0.2 - 0.3 + 0.4 - 0.3 + 0.5
+    score = BlockScore(np.array([1.0, -2.0, 0.5, 0.25, 2.0, -1.0, 0.5, 1.5, 0.3]), 0.5, 0.5, -1.0, 5.0)
+    row = [0.3, 0.1, -1.2, 2.0, 0.1, 0.3, 0.8, -0.2, 1.0]
+    odds = 0.3 - 0.2 - 0.6 + 0.5 + 0.2 - 0.3 + 0.4 - 0.3 + 0.3 + 0.5
     assert score.score(np.array([row]))[0] == pytest.approx(1 / (1 + math.exp(-odds)))
 
 

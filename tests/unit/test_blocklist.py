@@ -118,19 +118,10 @@ def score_by_loop(user, item):
     cosines = [float(unit(e.codes) @ unit(ITEMS[item])) if item in ITEMS else 0.0 for e in own]
     weights = [math.exp(e.log_prob) for e in own]
     context = CONTEXTS.get(user, Context())
-    history = [
-        [
-            float(unit(ITEMS[past]) @ unit(ITEMS[item])) if item in ITEMS else 0.0
-            for past in items
-            if past in ITEMS
-        ]
-        for items in (context.negatives, context.positives)
-    ]
     prior = 1 / (1 + math.exp(-PLAIN_SCORE.prior_log_odds))
     parts = [
         max(cosines, default=0.0),
         sum(w * c for w, c in zip(weights, cosines, strict=True)) / (sum(weights) or 1.0),
-        *(math.log(0.1 + sum(math.exp(5 * (cosine - 1)) for cosine in past)) for past in history),
         RATES.get(item, PLAIN_SCORE.prior_log_odds),
         math.log((context.n_negatives + 5 * prior) / (context.n_positives + 5 * (1 - prior))),
     ]
@@ -143,7 +134,11 @@ def score_by_loop(user, item):
     own, *factors = ITEM_TASTES.get(item, [PLAIN_SCORE.prior_log_odds, 0.0])
     weights = USER_TASTES.get(user, [0.0] * (1 + CODEBOOK_OF_TESTS.dim + 1))
     vector = [*(unit(ITEMS[item]) if item in ITEMS else [0.0] * CODEBOOK_OF_TESTS.dim), *factors]
-    parts += [own + sum(w * x for w, x in zip(weights[1:], vector, strict=True)), weights[0]]
+    parts += [
+        own + sum(w * x for w, x in zip(weights[1:], vector, strict=True)),
+        weights[0],
+        not any(weights),
+    ]
     odds = PLAIN_SCORE.intercept + sum(
         float(c) * p for c, p in zip(PLAIN_SCORE.coefficients, parts, strict=True)
     )
@@ -224,29 +219,23 @@ def test_data_files_without_rows_hold_nothing(copy, blocks):
         np.testing.assert_array_equal(again.scores(user, PAGE), blocks.scores(user, PAGE))
 
 
-def test_history_moves_the_score_of_users_without_entries_too(blocks):
+def test_tastes_move_the_score_of_users_without_entries_too(blocks):
     """The users have no prediction: what tells their items apart is what they judged before."""
-    near, far = blocks.why("carl", "item 111"), blocks.why("carl", "no such item")
-    assert near.contributions["near_dislikes"] > far.contributions["near_dislikes"]
-    likes = [blocks.why("dora", item).contributions["near_likes"] for item in ("item 000", "no such item")]
-    assert likes[0] < likes[1]  # its coefficient is negative
+    without = sorted({*CONTEXTS} - {*ENTRIES})
+    own = [blocks.why(user, "item 111").contributions["taste"] for user in (*without, "nobody")]
+    assert len(set(own)) == len(own) > 1
     assert blocks.allowed("carl", PAGE) == PAGE
 
 
-def test_histories_hold_the_items_that_have_an_id_in_the_order_of_the_lists(blocks):
+def test_each_user_has_the_taste_of_the_table(blocks):
     snapshot = blocks.snapshot
-    known = {row: item for item, row in snapshot.items.items()}
     rows = {**snapshot.users, **snapshot.others}
     assert sorted(rows) == sorted({*ENTRIES, *CONTEXTS})
     assert sorted(rows.values()) == list(range(len(rows)))
+    width = snapshot.tastes.shape[1]
     for user, row in rows.items():
-        context = CONTEXTS.get(user, Context())
-        for held, wanted in ((snapshot.disliked, context.negatives), (snapshot.liked, context.positives)):
-            found = [known[n] for n in held.of(row).tolist()]
-            assert found == [item for item in wanted if item in ITEMS]
-    for held in (snapshot.disliked, snapshot.liked):
-        assert held.of(len(rows)).tolist() == []
-        assert held.rows.dtype == np.int32
+        np.testing.assert_allclose(snapshot.tastes[row], USER_TASTES.get(user, [0.0] * width), rtol=1e-6)
+    assert not snapshot.tastes[len(rows)].any()
 
 
 def test_contexts_may_be_absent_or_hold_null_lists(copy):
@@ -731,8 +720,8 @@ def test_exemptions_that_cannot_be_read_are_one_line_and_those_known_hold_on(cop
 
 # Two kinds of list that agree on what to block, but whose scores and thresholds must not be mixed:
 # one's scores lie all under the other's threshold.
-LOW = BlockScore(np.array([0.4, *[0.0] * 9]), -3.0, 1 / (1 + math.exp(2.7)), -1.0, 5.0)
-HIGH = BlockScore(np.array([0.4, *[0.0] * 9]), 3.0, 1 / (1 + math.exp(-3.3)), -1.0, 5.0)
+LOW = BlockScore(np.array([0.4, *[0.0] * 8]), -3.0, 1 / (1 + math.exp(2.7)), -1.0, 5.0)
+HIGH = BlockScore(np.array([0.4, *[0.0] * 8]), 3.0, 1 / (1 + math.exp(-3.3)), -1.0, 5.0)
 SAME = next(item for item, codes in ITEMS.items() if codes == (1, 1, 1))
 FAR = min(ITEMS, key=lambda item: score_by_loop("bob", item)[1])
 

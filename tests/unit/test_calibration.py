@@ -16,7 +16,7 @@ from negrec_core.errors import InputError
 from negrec_core.semantic_ids import SemanticIds
 
 SETTINGS = load_config(environment={}).calibration
-TRUE = np.array([2.0, 1.0, 0.8, -0.8, 1.0, 0.5, 0.7, 0.4, 0.6, 0.5])
+TRUE = np.array([2.0, 1.0, 1.0, 0.5, 0.7, 0.4, 0.6, 0.5, 0.8])
 CODEBOOK = small_codebook()
 PATHS = {"a/x": (0, 0), "a/y": (1, 0), "b": (2, 1)}
 CATEGORY_COUNT = pa.struct(
@@ -28,7 +28,7 @@ def calibration(n, seed=0):
     """Feedback drawn from a logistic model with coefficients `TRUE`."""
     rng = np.random.default_rng(seed)
     # Scales differ as those of the real features do.
-    features = rng.normal(size=(n, len(FEATURES))) * [0.3, 0.3, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    features = rng.normal(size=(n, len(FEATURES))) * [0.3, 0.3, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     probability = 1 / (1 + np.exp(-(features @ TRUE - 1.0)))
     return Calibration(features, rng.random(n) < probability, n, -1.0)
 
@@ -46,7 +46,7 @@ def test_the_fit_recovers_the_model_that_made_the_data():
 
 def test_the_unit_of_a_feature_changes_nothing():
     given_ = calibration(2_000)
-    scale = np.array([1, 10, 0.01, 1, 3, 1, 0.1, 7, 2, 0.5])
+    scale = np.array([1, 10, 0.01, 1, 3, 0.1, 7, 2, 0.5])
     other = Calibration(given_.features * scale, given_.disliked, given_.n_users, -1.0)
     ours, theirs = fit(given_, SETTINGS), fit(other, SETTINGS)
     np.testing.assert_allclose(ours.coefficients, theirs.coefficients * scale, rtol=1e-3, atol=1e-4)
@@ -100,17 +100,6 @@ def features_by_loop(label, predictions, contexts, rates, tastes, ids, categorie
     cosines = [float(unit(row["codes"]) @ here) for row in own]
     weights = [math.exp(row["log_prob"]) for row in own]
     context = next((row for row in contexts if row["user_id"] == label["user_id"]), None)
-    near = [
-        math.log(
-            0.1
-            + sum(
-                math.exp(5 * (float(unit(ids[item]) @ here) - 1))
-                for item in (context[column] if context else [])
-                if item in ids
-            )
-        )
-        for column in ("negatives", "positives")
-    ]
     share = 1 / (1 + math.exp(-prior))
     n_negatives, n_positives = (context["n_negatives"], context["n_positives"]) if context else (0, 0)
     own_kinds = categories.get(label["item_id"], (-1, -1))
@@ -129,25 +118,23 @@ def features_by_loop(label, predictions, contexts, rates, tastes, ids, categorie
     return [
         max(cosines, default=0.0),
         sum(w * c for w, c in zip(weights, cosines, strict=True)) / (sum(weights) or 1.0),
-        *near,
         rates.get(label["item_id"], prior),
         math.log((n_negatives + pseudo * share) / (n_positives + pseudo * (1 - share))),
         *within,
         item[0] + sum(w * x for w, x in zip(user[1:], [*here, *item[1:]], strict=True)),
         user[0],
+        not any(user),
     ]
 
 
 def held_back(labels, predictions, contexts, rates, prior, item_tastes, user_tastes):
-    text, texts, count = pa.string(), pa.list_(pa.string()), pa.int32()
+    text, count = pa.string(), pa.int32()
     codes = pa.list_(pa.int32())
     schemas = {
         "labels": [("user_id", text), ("item_id", text), ("polarity", count)],
         "predictions": [("user_id", text), ("rank", count), ("codes", codes), ("log_prob", pa.float32())],
         "contexts": [
             ("user_id", text),
-            ("negatives", texts),
-            ("positives", texts),
             ("n_negatives", count),
             ("n_positives", count),
             ("categories", pa.list_(CATEGORY_COUNT)),
@@ -187,8 +174,6 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     contexts = [
         {
             "user_id": str(user),
-            "negatives": rng.choice(names, rng.integers(5)).tolist(),
-            "positives": rng.choice(names, rng.integers(5)).tolist(),
             "n_negatives": int(rng.integers(9)),
             "n_positives": int(rng.integers(9)),
             "categories": [
