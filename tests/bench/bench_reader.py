@@ -38,7 +38,8 @@ from negrec_core.semantic_ids import load_semantic_ids
 
 DS, TODAY = "2026-03-10", dt.date(2026, 3, 11)
 ENTRIES, DISLIKES, LIKES, CATEGORIES = 20, 6, 14, 8
-BUCKETS, CODES, DIM = 16, 128, 128
+BUCKETS, CODES, FACTORS = 16, 128, 8
+DIM = 32  # `codebook.latent_dim` as it is by default
 PAGE = 500
 
 
@@ -192,6 +193,18 @@ def _make(root: Path, users: int, items: int) -> None:
             models,
             [{"item_id": item_ids, "log_odds": pa.array(rng.normal(-1, 1, items))}],
         ),
+        "item_taste": _write(
+            store,
+            "item_taste",
+            models,
+            [
+                {
+                    "item_id": item_ids,
+                    "log_odds": pa.array(rng.normal(-1, 1, items)),
+                    "factors": _lists(pa.array(rng.normal(0, 0.3, items * FACTORS)), FACTORS),
+                }
+            ],
+        ),
         "block_score": _write(store, "block_score", models, [_score()]),
     }
     per_bucket = -(-users // BUCKETS)
@@ -199,16 +212,17 @@ def _make(root: Path, users: int, items: int) -> None:
     inputs["user_context"] = _write(
         store, "user_context", models, (_contexts(span, item_ids, paths, rng) for span in spans)
     )
+    inputs["user_taste"] = _write(store, "user_taste", models, (_tastes(span, rng) for span in spans))
     entries = (_entries(span, item_ids, codes, rng) for span in spans)
     _write(store, "block_list", models, entries, inputs)
     assert len(load_semantic_ids(store, manifest.version, DS).items) == items
 
 
 def _score() -> dict[str, pa.Array]:
-    weights = [4.0, 2.0, 0.6, -0.4, 0.5, 0.5, 0.3, 0.2]
+    weights = [4.0, 2.0, 0.5, 0.5, 0.3, 0.2, 0.4, 0.3, 0.1]
     return {
         "features": pa.array([list(FEATURES)]),
-        "coefficients": pa.array([(weights + [0.0] * len(FEATURES))[: len(FEATURES)]]),
+        "coefficients": pa.array([weights]),
         "intercept": pa.array([-2.0]),
         "threshold": pa.array([0.5]),
         "prior_log_odds": pa.array([-1.0]),
@@ -242,6 +256,15 @@ def _contexts(
         "n_negatives": pa.array(rng.integers(20, size=len(span)).astype(np.int32)),
         "n_positives": pa.array(rng.integers(60, size=len(span)).astype(np.int32)),
         "categories": _lists(pa.StructArray.from_arrays(list(counts.values()), list(counts)), CATEGORIES),
+    }
+
+
+def _tastes(span: range, rng: np.random.Generator) -> dict[str, pa.Array]:
+    width = 1 + DIM + FACTORS
+    weights = rng.normal(0, 0.3, len(span) * width).astype(np.float32)
+    return {
+        "user_id": pa.array([f"user {user:09d}" for user in span]),
+        "weights": _lists(pa.array(weights), width),
     }
 
 
