@@ -47,9 +47,10 @@ and settings but for what the row says. TIGER's task is next-item generation fro
 here it is a decoder that also learns from each event of the past, knows likes from dislikes, and has a
 likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back. P5-CID's IDs come from
 who reacted to what; items alike share one there (KuaiRand: 13 % of the items, up to 39 in an ID), which is
-hit more easily, while IDs from text are one for each item. TALLRec's and InstructRec's models read titles and have a score of candidates only,
-their likelihood of a yes or of the title; for times disliked it is the count. `@` is GRPO's learning rate.
-Alignment: share of held-out questions answered with the rejected item of four, after each step.
+hit more easily, while IDs from text are one for each item. TALLRec's and InstructRec's models read titles
+and have a score of candidates only, their likelihood of a yes or of the title; for times disliked it is the
+count. `@` is GRPO's learning rate. Alignment: share of held-out questions answered with the rejected item
+of four, after each step.
 """
 _HITS = ("HR@20", "FHR@20", "LUF@20", "LIF@20")
 _SCORED = tuple(
