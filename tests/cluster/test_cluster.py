@@ -197,7 +197,7 @@ class Cluster:
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed environment with negrec as a wheel; heavy packages are those of this environment.
 
-    A site packs them too (docs/cluster.md), which takes minutes and gigabytes.
+    A site packs them too (conf/cluster.md), which takes minutes and gigabytes.
     """
     folder = tmp_path_factory.mktemp("packed")
     environment = folder / "environment"
