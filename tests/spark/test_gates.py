@@ -37,6 +37,7 @@ from negrec_core.generator import CODEBOOK
 
 YESTERDAY, TODAY = "2026-03-09", "2026-03-10"
 CODEBOOK_OF_TESTS = small_codebook()
+_INTERCEPT = -2.0
 # (3, 3, *) is nobody's ID.
 IDS = [(a, b, c) for a in range(4) for b in range(4) for c in range(4) if (a, b) != (3, 3)]
 ITEMS = {f"item {a}{b}{c}": (a, b, c) for a, b, c in IDS}
@@ -109,7 +110,7 @@ def day_tables(version: str, seed: int) -> dict[str, Rows]:
     }
 
 
-def with_threshold(threshold: float, intercept: float = PLAIN_SCORE.intercept) -> BlockScore:
+def with_threshold(threshold: float, intercept: float = _INTERCEPT) -> BlockScore:
     return replace(PLAIN_SCORE, threshold=threshold, intercept=intercept)
 
 
@@ -230,7 +231,7 @@ def everything_blocked(site: Site) -> None:
 
 
 def scores_moved(site: Site) -> None:
-    site.write("block_score", [score_row(with_threshold(0.999, PLAIN_SCORE.intercept + 2))])
+    site.write("block_score", [score_row(with_threshold(0.999, _INTERCEPT + 2))])
 
 
 def illegal_ids(site: Site) -> None:

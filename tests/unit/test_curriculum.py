@@ -262,7 +262,9 @@ from negrec_core.delta import DeltaStore
 from train.steps import processes
 manifest = here.trained(DeltaStore(Path(sys.argv[1])), here.RARE_CHECKPOINTS)
 state = processes()
-print("PROCESS", state.process_index, state.num_processes, torch.distributed.get_backend(), manifest.version)
+said = (state.process_index, state.num_processes, torch.distributed.get_backend(), manifest.version)
+# In one write, or what two processes print is mixed up.
+sys.stdout.write(" ".join(map(str, ("PROCESS", *said))) + "\\n")
 """
 
 
