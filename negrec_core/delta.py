@@ -244,10 +244,16 @@ class DeltaStore:
         Raises:
             InputError: an entry is damaged.
         """
-        try:
-            entries = self.handle(table).history(limit)
-        except DeltaError as error:
-            raise self._damaged_log(table, error) from None
+        before, newest = -1, self.version(table)
+        # delta-rs counts versions from the newest, which it looks up apart from the log: a commit in between
+        # would shift them all.
+        while before != newest:
+            before = newest
+            try:
+                entries = self.handle(table).history(limit)
+            except DeltaError as error:
+                raise self._damaged_log(table, error) from None
+            newest = self.version(table)
         return [
             Commit(
                 entry["version"],
