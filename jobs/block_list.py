@@ -16,7 +16,7 @@ from negrec_core.block_score import BlockScore, Items, Tally, features, user_wei
 from negrec_core.blocklist import load_block_score
 from negrec_core.codebook import Codebook
 from negrec_core.delta import DeltaStore
-from negrec_core.errors import MissingError
+from negrec_core.errors import ArtefactError, MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_categories, load_item_tastes
 from negrec_core.schemas import BLOCK_LIST
@@ -301,6 +301,21 @@ def unpublish(warehouse: Warehouse, ds: str) -> bool:
     return True
 
 
+def _require_codebook(ctx: JobContext, version: str) -> None:
+    """Raise ArtefactError unless all that is scored was made with the score's codebook.
+
+    Stages of one day may be runs apart, with a model trained in between; embeddings of two codebooks have
+    the same width and nothing else in common.
+    """
+    for table in ("item_taste", "user_taste", "negative_item_set"):
+        made = ctx.store.commit_of(table, ctx.ds).provenance.models.get(CODEBOOK)
+        if made != version:
+            raise ArtefactError(
+                f"table {table}: ds={ctx.ds} was made with codebook {made}, block_score with {version};"
+                f" run `negrec run --ds {ctx.ds} --force`"
+            )
+
+
 def run(ctx: JobContext) -> None:
     from pyspark.sql import functions as F
 
@@ -311,6 +326,7 @@ def run(ctx: JobContext) -> None:
     contexts, tastes = (ctx.read(table, [ctx.ds]) for table in ("user_context", "user_taste"))
     versions = ctx.pin("item_semantic_id", "item_rate", "item_taste", "item", "block_score")
     task = block_list_task(ctx.warehouse, ctx.ds, versions)
+    _require_codebook(ctx, task.codebook_version)
     ctx.use_model(CODEBOOK, task.codebook_version)
 
     def users(predicted: "DataFrame") -> "DataFrame":

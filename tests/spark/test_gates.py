@@ -32,7 +32,7 @@ from negrec_core.block_score import BlockScore
 from negrec_core.blocklist import BlockList
 from negrec_core.config import load_config
 from negrec_core.delta import DeltaStore, Provenance
-from negrec_core.errors import ConfigError, GateError
+from negrec_core.errors import ArtefactError, ConfigError, GateError
 from negrec_core.generator import CODEBOOK
 
 YESTERDAY, TODAY = "2026-03-09", "2026-03-10"
@@ -285,6 +285,17 @@ def test_an_accepted_gate_publishes_and_the_commit_says_so(site: Site) -> None:
     accepted = {name for name, row in site.gates().items() if row["accepted"]}
     assert accepted == set(made.accepted)
     assert not any(site.gates()[name]["passed"] for name in accepted)
+
+
+@pytest.mark.parametrize("table", ["item_taste", "user_taste", "negative_item_set"])
+def test_tables_of_two_codebooks_are_not_scored_together(site: Site, table: str) -> None:
+    rows = [{name: row[name] for name in row if name != "ds"} for row in site.rows(table)]
+    revision = site.store.revision(table, TODAY) + 1
+    write_rows(site.store, table, rows, TODAY, revision, Provenance(models={CODEBOOK: "another"}))
+    before = site.rows("block_list")
+    with pytest.raises(ArtefactError, match=rf"{table}: .* codebook another, block_score with .*--force"):
+        site.publish()
+    assert site.rows("block_list") == before
 
 
 def test_gates_of_every_publication_are_kept(site: Site) -> None:
