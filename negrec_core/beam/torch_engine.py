@@ -43,12 +43,13 @@ class TorchOptions:
     Attributes:
         dtype: `float32` or `bfloat16`.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:0`.
-        max_batch_tokens: prompt and beam tokens, with padding, that are computed at once.
+        max_batch_tokens: prompt and beam tokens, with padding, that are computed at once; None: as many as
+            suit the device.
     """
 
     dtype: str = "float32"
     device: str = "auto"
-    max_batch_tokens: int = 16_384
+    max_batch_tokens: int | None = None
 
 
 def load(path: Path, vocabulary: SidVocabulary, options: TorchOptions) -> "TorchBeamEngine":
@@ -81,7 +82,7 @@ class TorchBeamEngine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, vocabulary: SidVocabulary, *, max_batch_tokens: int = 16_384
+        self, model: PreTrainedModel, vocabulary: SidVocabulary, *, max_batch_tokens: int | None = None
     ) -> None:
         """Check that the model can be decoded this way.
 
@@ -103,6 +104,11 @@ class TorchBeamEngine:
         self._max_batch_tokens = max_batch_tokens
         self._longest_prompt = _longest_prompt(model.config, vocabulary.depth)
         self._device_trie: _DeviceTrie | None = None
+
+    @property
+    def _batch_tokens(self) -> int:
+        """On a CPU what a layer makes of a batch should fit its cache."""
+        return self._max_batch_tokens or (4_096 if self._model.device.type == "cpu" else 16_384)
 
     @property
     def block_size(self) -> int:
@@ -143,7 +149,7 @@ class TorchBeamEngine:
         tree_tokens = beam_width * (trie.depth - 1)
         lengths = [len(prompt) + tree_tokens for prompt in prompts]
         with self._levels() as levels:
-            for users in batches(lengths, self._max_batch_tokens):
+            for users in batches(lengths, self._batch_tokens):
                 found, scores = self._decode_batch(
                     levels, [prompts[user] for user in users], trie, beam_width, select
                 )
@@ -169,7 +175,7 @@ class TorchBeamEngine:
         out = np.full(leaves.shape, -np.inf, np.float32)
         lengths = [len(prompt) + m * (trie.depth - 1) for prompt in prompts]
         with self._levels() as levels:
-            for users in batches(lengths, self._max_batch_tokens):
+            for users in batches(lengths, self._batch_tokens):
                 out[users] = self._log_probs_batch(
                     levels, [prompts[user] for user in users], trie, leaves[users]
                 )
@@ -410,13 +416,49 @@ def _prefill(model: PreTrainedModel, prompts: Prompts, lengths: Tensor, cache: D
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     ends, which = (lengths - 1).unique(return_inverse=True)
-    logits = model(
-        input_ids=ids.to(lengths.device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=ends,
-    ).logits
+    with _last_network_at(model, lengths - 1):
+        logits = model(
+            input_ids=ids.to(lengths.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=ends,
+        ).logits
     return logits[torch.arange(len(prompts), device=which.device), which][:, None]
+
+
+@contextmanager
+def _last_network_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
+    """Spare the feed-forward network of the last layer all tokens but one of each text.
+
+    Within, its output for the others is 0: no logits are read there, and no layer follows.
+
+    Args:
+        model: nothing is spared where the network is not of Llama's kind, which most models have.
+        places: of the tokens whose logits are read, `[users]`.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    network = getattr(layers[-1], "mlp", None) if layers else None
+    # Mixtures of experts, which may give more than one tensor, have none.
+    if network is None or not isinstance(getattr(network, "down_proj", None), nn.Linear):
+        yield
+        return
+    users = torch.arange(len(places), device=places.device)
+    shape = torch.Size()
+
+    def cut(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal shape
+        shape = inputs[0].shape
+        return (inputs[0][users, places][:, None],)
+
+    def spread(_: nn.Module, inputs: tuple[Tensor], found: Tensor) -> Tensor:
+        return found.new_zeros(shape).index_put_((users, places), found[:, 0])
+
+    hooks = [network.register_forward_pre_hook(cut), network.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _grow(

@@ -184,6 +184,20 @@ def test_the_size_of_batches_changes_nothing():
     np.testing.assert_allclose(one.log_probs, all_together.log_probs, atol=1e-5)
 
 
+def test_the_last_feed_forward_network_computes_one_token_of_a_prompt():
+    model = tiny_model()
+    seen = []
+    model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape[:2]))
+    )
+    trie = Trie.build(random_ids(SMALL, 100), SMALL.code_counts)
+    TorchBeamEngine(model, SMALL).search(random_prompts([5, 9, 9]), trie, 4)
+    assert seen == [(3, 1), (3, 4), (3, 4)]
+    # Others who use the model find it as it was.
+    model(torch.tensor([[BOS, 7, 8]]))
+    assert seen[-1] == (1, 3)
+
+
 @given(hnp.arrays(np.int64, st.integers(0, 30), elements=st.integers(1, 40)), st.integers(1, 200))
 def test_batches_hold_each_user_once_within_the_budget(lengths, budget):
     split = list(batches(lengths.tolist(), budget))
