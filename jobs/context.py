@@ -220,11 +220,15 @@ def spark_schema(table: str, body_only: bool = False) -> "StructType":
 
 def read_files(spark: "SparkSession", store: DeltaStore, table: str, files: Sequence[str]) -> "DataFrame":
     """Read data files of a table; partition values come from their paths (run=/ds=/bucket=)."""
+    from pyspark.sql.types import StringType, StructField, StructType
+
     schema = spark_schema(table)
     if not files:
         return spark.createDataFrame([], schema)
+    # Else Spark guesses the type of `run`, and works for minutes on a name such as 7775403e75384921.
+    declared = StructType([*schema.fields, StructField("run", StringType())])
     return (
-        spark.read.schema(schema)
+        spark.read.schema(declared)
         .option("basePath", str(store.path(table)))
         .parquet(*files)
         .select(*schema.names)

@@ -116,6 +116,17 @@ def test_round_trip(spark: SparkSession, frame: Frame, store: DeltaStore) -> Non
     assert read_files(spark, store, TABLE, []).schema == spark_schema(TABLE)
 
 
+def test_a_run_named_like_a_huge_number_is_read_like_any_other(
+    spark: SparkSession, frame: Frame, store: DeltaStore
+) -> None:
+    """About one name in two thousand is: Spark would work for minutes to write this one out."""
+    run = store.path(TABLE) / "run=7775403e75384921"
+    write_files(with_partitions(frame(TABLE, CONTEXTS).drop("ds", "bucket"), TABLE, D1, 4), TABLE, run)
+    store.commit(TABLE, run, {D1: 1}, NOTHING)
+    found = read_files(spark, store, TABLE, store.files(TABLE))
+    assert rows_of(found.toArrow()) == rows_of(store.read(TABLE))
+
+
 def test_files_are_as_declared(frame: Frame, store: DeltaStore) -> None:
     """One sorted file per bucket, whose path says the bucket; times in microseconds, not INT96."""
     contexts = [{"user_id": f"user-{n * 37 % 200:03}", "anchor_time": at(2026, 3, 1)} for n in range(200)]
