@@ -15,6 +15,7 @@ The rules, the fault that each guards against, and its tests, here and elsewhere
 4. Checks before a commit: files that are cut, empty, gone, of another schema or day, keys that repeat.
    test_a_bad_file_is_refused_and_the_old_rows_stay, test_a_bucket_that_is_no_whole_number_is_refused,
    test_a_run_directory_that_is_not_there_is_no_empty_output,
+   test_a_key_that_is_null_or_there_twice_is_found_in_any_order,
    test_marks_and_failed_attempts_of_spark_are_no_data
 5. Creation by one writer: processes that start at once, a mistyped path.
    test_processes_that_create_at_once_make_each_table_once, test_a_table_that_was_never_made_is_one_clear_line
@@ -41,11 +42,14 @@ import random
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -58,7 +62,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_readers import plain_rows, read_by_duckdb, read_by_log
 
-from negrec_core import schemas
+from negrec_core import delta_files, schemas
 from negrec_core.delta import Commit, DeltaStore, Provenance, day_range
 from negrec_core.errors import ConfigError, ConflictError, InputError, MissingError, NegrecError
 from negrec_core.schemas import TABLES, Table
@@ -394,6 +398,27 @@ def test_a_bad_file_is_refused_and_the_old_rows_stay(store: DeltaStore, fault: s
     assert runs(store) == kept
     store.write_arrow(DAY, profiles(D1, "a", "b"), {D1: 2}, NOTHING)
     assert users(store) == {D1: ["a", "b"]}
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from(["", "a", "ab", "b", "ü", "\U0001f600", None]), st.integers(0, 2))
+    ),
+    ordered=st.booleans(),
+    at_once=st.integers(1, 4),
+)
+def test_a_key_that_is_null_or_there_twice_is_found_in_any_order(rows, ordered, at_once) -> None:
+    if ordered:
+        rows = sorted(rows, key=lambda row: (row[0] is None, row))
+    columns = {"user_id": [user for user, _ in rows], "rank": [rank for _, rank in rows]}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(delta_files, "_KEYS_AT_ONCE", at_once):
+        file = Path(folder) / "part.parquet"
+        schema = pa.schema([("user_id", pa.string()), ("rank", pa.int32())])
+        pq.write_table(pa.table(columns, schema), file, row_group_size=3)
+        good = len(set(rows)) == len(rows) and None not in columns["user_id"]
+        with nullcontext() if good else pytest.raises(InputError, match=r"repeat a key|have no user_id"):
+            delta_files._check_keys(TABLES[SET], "ds=2026-03-01", [file])
 
 
 @pytest.mark.parametrize("bucket", ["-1", "01", "x", "__HIVE_DEFAULT_PARTITION__", "1.0"])
