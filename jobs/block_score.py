@@ -7,8 +7,9 @@ chooses predicted sets is fitted to the same.
 
 import datetime as dt
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -152,24 +153,23 @@ def _held_back(
     rates = item_rate(past, settings.rate_pseudo_events).toArrow()
     recent = recent_counts(past, contexts, ctx.config.generation.recent_days).toArrow()
     market = Market.of(ids, rates, recent, settings.rate_pseudo_events, ctx.config.generation.popular_ids)
-    users = users_of(generate(contexts, task), contexts, past).toArrow().sort_by("user_id").to_pylist()
-    order = fit_order(users, known, market)
+    users = users_of(generate(contexts, task), contexts, past).toArrow().sort_by("user_id")
+    order = fit_order(_rows(users), known, market)
     found = contexts.select("user_id", "n_negatives", "n_positives", "categories").toArrow()
     if ctx.config.anchors == "end_of_day":
         # Such a day has no list for users without feedback.
         found = found.filter(pc.greater(pc.add(found["n_negatives"], found["n_positives"]), 0))
     listed = set(found["user_id"].to_pylist())
     sets = [
-        row
-        for user in users
+        pa.Table.from_pylist(list(set_rows(user, market, order, ctx.config.generation)), SET_SCHEMA)
+        for user in _rows(users)
         if user["user_id"] in listed
-        for row in set_rows(user, market, order, ctx.config.generation)
     ]
     item_tastes = fit_item_tastes(past, ids, unit, ctx.config.taste)
     own = judged_items(past.join(chosen.select("user_id"), "user_id", "left_semi"))
     held_back = HeldBack(
         labels=known,
-        predictions=pa.Table.from_pylist(sets, SET_SCHEMA),
+        predictions=pa.concat_tables([SET_SCHEMA.empty_table(), *sets]),
         contexts=found,
         rates=rates,
         item_tastes=np.column_stack([item_tastes.log_odds, item_tastes.factors]),
@@ -179,6 +179,12 @@ def _held_back(
     for frame in (anchors, past, chosen, contexts):
         frame.unpersist()
     return held_back, order
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Its rows, few at a time: as Python objects all would take fifteen times the memory."""
+    for batch in table.to_batches(max_chunksize=256):
+        yield from batch.to_pylist()
 
 
 def _features_of(

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +215,7 @@ def set_rows(
         }
 
 
-def fit_order(users: list[dict[str, Any]], labels: pa.Table, market: Market) -> SetOrder:
+def fit_order(users: Iterable[dict[str, Any]], labels: pa.Table, market: Market) -> SetOrder:
     """The order that puts what users disliked next before their other candidates.
 
     Args:
