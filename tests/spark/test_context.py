@@ -119,7 +119,7 @@ def test_round_trip(spark: SparkSession, frame: Frame, store: DeltaStore) -> Non
 def test_a_run_named_like_a_huge_number_is_read_like_any_other(
     spark: SparkSession, frame: Frame, store: DeltaStore
 ) -> None:
-    """About one name in two thousand is: Spark would work for minutes to write this one out."""
+    """About one name in four thousand is: Spark would work for minutes to write this one out."""
     run = store.path(TABLE) / "run=7775403e75384921"
     write_files(with_partitions(frame(TABLE, CONTEXTS).drop("ds", "bucket"), TABLE, D1, 4), TABLE, run)
     store.commit(TABLE, run, {D1: 1}, NOTHING)
