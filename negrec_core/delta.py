@@ -9,7 +9,6 @@ raise it.
 
 import contextlib
 import datetime as dt
-import fcntl
 import json
 import logging
 import shutil
@@ -98,25 +97,27 @@ class DeltaStore:
         return self.root / "tables" / table
 
     def create_tables(self) -> None:
-        """Create all missing tables; safe to repeat, and safe when several processes start at once.
+        """Create all missing tables; safe to repeat, and safe when several processes start at once."""
+        for table in TABLES.values():
+            if not self.exists(table.name):
+                self._create(table)
 
-        Two concurrent creations of a Delta table can both succeed, so this step takes a file lock,
-        which the operating system gives back when its holder dies.
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".create.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for table in TABLES.values():
-                if not self.exists(table.name):
-                    DeltaTable.create(
-                        self.path(table.name),
-                        table.schema,
-                        partition_by=list(table.partition_by),
-                        description=table.about,
-                        # The log holds the provenance and the versions that were pinned, and by
-                        # default its entries go after 30 days.
-                        configuration={"delta.enableExpiredLogCleanup": "false"},
-                    )
+    def _create(self, table: Table) -> None:
+        try:
+            DeltaTable.create(
+                self.path(table.name),
+                table.schema,
+                partition_by=list(table.partition_by),
+                description=table.about,
+                # The log holds the provenance and the versions that were pinned, and by default its
+                # entries go after 30 days.
+                configuration={"delta.enableExpiredLogCleanup": "false"},
+                # Tried again, the second of two creations would succeed too, as a version of its own.
+                commit_properties=CommitProperties(max_commit_retries=0),
+            )
+        except DeltaError:
+            if not self.exists(table.name):
+                raise
 
     def handle(self, table: str, version: int | None = None) -> DeltaTable:
         """Open a table at its newest or at a given version.
