@@ -1,10 +1,8 @@
 """Stage `block_list`: what is published to the ranking service (DESIGN sections 8 and 10)."""
 
 import datetime as dt
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_categories, load_item_tastes
 from negrec_core.schemas import BLOCK_LIST
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.storage import data_files, delete_folder, place
 from negrec_core.trie import Trie
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ _ARROW_SCHEMA = pa.schema(
 def load_catalogue(task: BlockListTask) -> Catalogue:
     """Read IDs, rates and codebook of a task."""
     store = DeltaStore(task.warehouse)
-    codebook, _ = open_codebook(Path(task.models), task.codebook_version)
+    codebook, _ = open_codebook(place(task.models), task.codebook_version)
     ids = load_semantic_ids(store, task.codebook_version, task.ds, task.ids_version)
     trie = Trie.build(ids.codes, codebook.code_counts)
     rates = store.read("item_rate", ["item_id", "log_odds"], days=[task.ds], version=task.rates_version)
@@ -343,11 +342,11 @@ def run(ctx: JobContext) -> None:
     staged = ctx.stage(
         "block_list", block_list(users(predicted), task).withColumn("expires_on", F.lit(expires))
     )
-    files = [str(file) for file in staged.rglob("*.parquet")]
     try:
+        files = [str(file) for file in data_files("block_list", staged)]
         entries = read_files(ctx.spark, ctx.store, "block_list", files)
         gates.require_passed(ctx, gates.judge(ctx, entries, judged_by_list))
     except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
+        delete_folder(staged)
         raise
     ctx.commit("block_list", staged)

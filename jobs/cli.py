@@ -58,7 +58,7 @@ app.add_typer(exemptions, name="exempt")
 
 @dataclass
 class _Settings:
-    warehouse: Path
+    warehouse: str
     config: list[str]
     settings: list[str]
 
@@ -73,8 +73,11 @@ class _Settings:
 def main_options(
     ctx: typer.Context,
     warehouse: Annotated[
-        Path, typer.Option(envvar="NEGREC_WAREHOUSE", help="Folder of tables and models.")
-    ] = Path("warehouse"),
+        str,
+        typer.Option(
+            envvar="NEGREC_WAREHOUSE", help="Folder or object-store URL of tables and models.", metavar="PATH"
+        ),
+    ] = "warehouse",
     config: Annotated[
         str,
         typer.Option(
@@ -517,14 +520,16 @@ def demo(
     from jobs.world import WorldSettings
 
     given: _Settings = ctx.obj
-    root = given.warehouse / "demo"
+    if "://" in given.warehouse:
+        raise ConfigError(f"{given.warehouse}: the demo works in a folder; give another --warehouse")
+    root = Path(given.warehouse) / "demo"
     marker = root / ".negrec-demo"
     if root.exists() and not marker.exists():
         raise ConfigError(f"{root} exists and is not a demo of negrec; give another --warehouse")
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     marker.touch()
-    ctx.obj = _Settings(root, ["demo", *given.config], given.settings)
+    ctx.obj = _Settings(str(root), ["demo", *given.config], given.settings)
     shown = WorldSettings(users=users, seed=seed)
     last = shown.start + dt.timedelta(days=shown.days - 1)
     ds = (last - dt.timedelta(days=7)).isoformat()

@@ -7,13 +7,13 @@ starts at its first use, so that a command with nothing to do never starts it.
 import datetime as dt
 import functools
 import logging
-import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import negrec_core
+from jobs.objects import read_objects, write_objects
 from jobs.spark import open_session
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore, Provenance
@@ -21,6 +21,7 @@ from negrec_core.errors import InputError
 from negrec_core.progress import Progress, silent
 from negrec_core.resources import resource
 from negrec_core.schemas import TABLES
+from negrec_core.storage import ObjectPath, Place, delete_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,16 +34,23 @@ log = logging.getLogger("negrec")
 class Warehouse:
     """Tables, models and configuration of one site, and the Spark session that works on them."""
 
-    def __init__(self, root: Path, config: Config) -> None:
-        self.root = root.absolute()
-        self.models = self.root / "models"
-        self.media = self.root / config.media_root
-        self.config = config
+    def __init__(self, root: Place | str, config: Config) -> None:
         self.store = DeltaStore(root)
+        self.root = self.store.root
+        self.models = self.root / "models"
+        # Pictures are files.
+        self.media = (self.root if isinstance(self.root, Path) else Path()) / config.media_root
+        self.config = config
 
     @functools.cached_property
     def spark(self) -> "SparkSession":
-        return open_session(self.config.spark, self.config.timezone, sys.stderr.isatty())
+        session = open_session(self.config.spark, self.config.timezone, sys.stderr.isatty())
+        if isinstance(self.root, ObjectPath):
+            # Spark takes what Python reads for a few bytes, and would send any table whole to every
+            # executor. After a shuffle it knows better.
+            session.conf.set("spark.sql.autoBroadcastJoinThreshold", "-1")
+            session.conf.set("spark.sql.adaptive.autoBroadcastJoinThreshold", "10m")
+        return session
 
 
 class JobContext:
@@ -178,13 +186,13 @@ class JobContext:
         """Record that these gates failed and were accepted."""
         self._accepted += gates
 
-    def stage(self, table: str, frame: "DataFrame") -> Path:
+    def stage(self, table: str, frame: "DataFrame") -> Place:
         """Write the files of a frame as `write` does, without committing them; their run directory."""
         run = self.store.new_run(table)
         write_files(with_partitions(frame, table, self.ds, self.config.buckets), table, run)
         return run
 
-    def commit(self, table: str, run: Path, days: Sequence[str] | None = None) -> int:
+    def commit(self, table: str, run: Place, days: Sequence[str] | None = None) -> int:
         """Replace the partitions `days` (default: this run's) by what was staged, atomically."""
         revisions = dict.fromkeys(days or [self.ds], self.revision)
         return self.store.commit(table, run, revisions, self.provenance())
@@ -225,17 +233,15 @@ def read_files(spark: "SparkSession", store: DeltaStore, table: str, files: Sequ
     schema = spark_schema(table)
     if not files:
         return spark.createDataFrame([], schema)
+    root = store.path(table)
+    if isinstance(root, ObjectPath):
+        return read_objects(spark, files, TABLES[table].schema)
     # Else Spark guesses the type of `run`, and works for minutes on a name such as 7775403e75384921.
     declared = StructType([*schema.fields, StructField("run", StringType())])
-    return (
-        spark.read.schema(declared)
-        .option("basePath", str(store.path(table)))
-        .parquet(*files)
-        .select(*schema.names)
-    )
+    return spark.read.schema(declared).option("basePath", str(root)).parquet(*files).select(*schema.names)
 
 
-def write_files(frame: "DataFrame", table: str, run: Path) -> None:
+def write_files(frame: "DataFrame", table: str, run: Place) -> None:
     """Write a frame as sorted Parquet files, partitioned as declared, into a new run directory.
 
     What a write that fails has written is deleted.
@@ -245,9 +251,12 @@ def write_files(frame: "DataFrame", table: str, run: Path) -> None:
         *declared.partition_by, *declared.key
     )
     try:
-        ordered.write.mode("errorifexists").partitionBy(*declared.partition_by).parquet(str(run))
+        if isinstance(run, ObjectPath):
+            write_objects(ordered, run, declared.schema, declared.partition_by)
+        else:
+            ordered.write.mode("errorifexists").partitionBy(*declared.partition_by).parquet(str(run))
     except BaseException:
-        shutil.rmtree(run, ignore_errors=True)
+        delete_folder(run)
         raise
 
 

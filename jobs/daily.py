@@ -6,7 +6,6 @@ Under spark-submit the master and the resources are those of the cluster, not of
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from jobs.console import reporting, set_up_process
 from jobs.context import Warehouse
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_up_process(verbose=False)
     try:
         config = load_config(options.config, ["spark.master=null", *options.set])
-        warehouse = Warehouse(Path(options.warehouse), config)
+        warehouse = Warehouse(options.warehouse, config)
         with reporting() as reporter:
             ds = parse_day(options.ds).isoformat()
             run_day(warehouse, ds, options.stages.split(","), options.force, reporter, options.accept)

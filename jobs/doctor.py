@@ -6,27 +6,42 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable
+from deltalake.exceptions import CommitFailedError, DeltaError
 
 from jobs.context import Warehouse
 from jobs.spark import check_java
 from negrec_core.artefacts import MANIFEST, list_versions, open_version
-from negrec_core.delta_files import MEND_FILE, size_problem
+from negrec_core.delta_files import MEND_FILE
 from negrec_core.errors import ConfigError, InputError, MissingError, NegrecError
 from negrec_core.generator import CODEBOOK, GENERATOR, open_generator
 from negrec_core.resources import resource
 from negrec_core.schemas import TABLES
+from negrec_core.storage import (
+    ObjectPath,
+    delete_folder,
+    delta_options,
+    folders,
+    parquet_file,
+    size_problems,
+    store_errors,
+    walk,
+)
 
 _GIB = 1 << 30
 # A day's tables are written beside those that they replace, and Spark spills as much again.
 _DAYS_OF_ROOM = 3
 _LEAST_ROOM = _GIB
+# Of two writers, to see whether one fails.
+_RACES = 5
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -176,8 +191,11 @@ def _gpus(warehouse: Warehouse) -> str:
 
 
 def _store(warehouse: Warehouse) -> str:
-    if not (warehouse.root / "tables").is_dir():
-        raise MissingError(f"no tables in {warehouse.root}; give --warehouse, or import a log first")
+    with store_errors(warehouse.root):
+        if "tables" not in folders(warehouse.root):
+            raise MissingError(f"no tables in {warehouse.root}; give --warehouse, or import a log first")
+        if isinstance(warehouse.root, ObjectPath):
+            return _object_store(warehouse.root)
     for folder in (warehouse.root, warehouse.root / "tables"):
         probe = folder / f".doctor-{uuid.uuid4().hex[:8]}"
         try:
@@ -196,7 +214,46 @@ def _store(warehouse: Warehouse) -> str:
     return f"{warehouse.root} can be read and written"
 
 
+def _object_store(root: ObjectPath) -> str:
+    """Of two writers at once one must fail, or their commits overwrite each other.
+
+    delta-rs looks for a newer commit before it writes its own, so only a race tells.
+    """
+    probe = root / f".doctor-{uuid.uuid4().hex[:8]}"
+    options = delta_options(probe)
+    start = threading.Barrier(2)
+
+    def commits(handle: DeltaTable) -> bool:
+        once = CommitProperties(max_commit_retries=0)
+        start.wait()
+        try:
+            handle.create_write_transaction([], "append", handle.schema(), [], commit_properties=once)
+        except CommitFailedError:
+            return False
+        return True
+
+    try:
+        DeltaTable.create(str(probe), pa.schema([("a", pa.int64())]), storage_options=options)
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(_RACES):
+                handles = [DeltaTable(str(probe), storage_options=options) for _ in range(2)]
+                if all(pool.map(commits, handles)):
+                    break
+            else:
+                return f"{root} can be read and written; of two writers at once one always failed, as it must"
+    except DeltaError:
+        pass  # what was overwritten is no log any more
+    finally:
+        delete_folder(probe)
+    raise InputError(
+        f"{root}: two writers at once both committed, and one's rows are lost; use a store that honours"
+        " conditional writes (If-None-Match), and leave them on (conf/cluster.md)"
+    )
+
+
 def _disk(warehouse: Warehouse) -> str:
+    if isinstance(warehouse.root, ObjectPath):
+        return "that of an object store has no end; Spark's temporary files are not looked at"
     day = 0
     for name in filter(warehouse.store.exists, TABLES):
         days = warehouse.store.days(name)
@@ -219,10 +276,10 @@ def _models(warehouse: Warehouse) -> str:
             open_version(warehouse.models, name, manifest.version)
         complete += len(versions)
     unfinished = [
-        f"{folder.parent.name}/{folder.name}"
+        f"{name}/{version}"
         for name in (CODEBOOK, GENERATOR)
-        for folder in sorted((warehouse.models / name).iterdir())
-        if folder.is_dir() and not (folder / MANIFEST).is_file()
+        for version in folders(warehouse.models / name)
+        if not any(str(file.below) == MANIFEST for file in walk(warehouse.models / name / version))
     ]
     note = f"; never completed, delete unless being trained: {', '.join(unfinished)}" if unfinished else ""
     return f"{complete} versions, all files as their manifests say{note}"
@@ -242,16 +299,15 @@ def _table(warehouse: Warehouse, name: str) -> str:
     if not actions:
         return "no rows"
     newest = max(action["partition.ds"] for action in actions)
-    files = dict(zip(warehouse.store.files(name, version=handle.version()), actions, strict=True))
-    for path, action in files.items():
-        file = Path(path)
-        where = f"{file.relative_to(warehouse.store.path(name))} of ds={action['partition.ds']}"
-        problem = size_problem(file, action["size_bytes"])
+    files = warehouse.store.files(name, version=handle.version())
+    problems = size_problems(files, [action["size_bytes"] for action in actions])
+    for file, action, problem in zip(files, actions, problems, strict=True):
+        where = f"{action['path']} of ds={action['partition.ds']}"
         if problem:
             raise InputError(f"{where} {problem}; {MEND_FILE}")
         if action["partition.ds"] == newest:
             try:
-                pq.read_metadata(file)
+                parquet_file(file)
             except (OSError, pa.ArrowException):
                 raise InputError(f"{where} is not a whole Parquet file; {MEND_FILE}") from None
     days = len({action["partition.ds"] for action in actions})

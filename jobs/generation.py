@@ -5,20 +5,21 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from jobs.spark import gpu_profile
+from negrec_core.artefacts import fetched
 from negrec_core.beam import BeamEngine, open_engine
 from negrec_core.config import GenerationConfig
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import MissingError
-from negrec_core.generator import Generator
+from negrec_core.generator import GENERATOR, Generator
 from negrec_core.prompts import PromptWriter, context_events
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.storage import place
 from negrec_core.trie import Trie
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class GenerationTask:
         warehouse: root of the tables.
         ds: log date; items that came later are not legal.
         ids_version: Delta version of `item_semantic_id`.
-        model_path: directory of the generator.
+        models: directory of the model versions.
         model_version: version of the generator.
         codebook_version: version of its codebook.
         settings: section `generation` of the configuration.
@@ -48,7 +49,7 @@ class GenerationTask:
     warehouse: str
     ds: str
     ids_version: int
-    model_path: str
+    models: str
     model_version: str
     codebook_version: str
     settings: GenerationConfig
@@ -76,7 +77,7 @@ def generation_task(
         str(store.root),
         ds,
         store.version("item_semantic_id"),
-        str(generator.path),
+        str(store.root / "models"),
         generator.manifest.version,
         generator.codebook_manifest.version,
         settings,
@@ -153,7 +154,7 @@ def _load(task: GenerationTask) -> _Loaded:
         begin = time.monotonic()
         gpus = _take_gpus()
         _share_cores(task.settings.parallelism)
-        path = Path(task.model_path)
+        path = fetched(place(task.models), GENERATOR, task.model_version)
         prompt = PromptWriter.load(path)
         ids = load_semantic_ids(DeltaStore(task.warehouse), task.codebook_version, task.ds, task.ids_version)
         if not ids.items:

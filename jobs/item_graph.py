@@ -1,7 +1,7 @@
 """Stage `item_graph`: the Swing graph from negative feedback (DESIGN section 4)."""
 
 import logging
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,9 @@ from pyarrow import parquet as pq
 
 from jobs.anchors import visible
 from jobs.context import JobContext
+from jobs.objects import read_objects, write_objects
 from negrec_core.config import SwingConfig
+from negrec_core.storage import ObjectPath, Place, data_files, delete_folder
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -27,12 +29,13 @@ log = logging.getLogger("negrec")
 _BATCH_ROWS = 100_000
 
 
-def item_graph(dislikes: "DataFrame", settings: SwingConfig, shared: Path) -> "DataFrame":
+def item_graph(dislikes: "DataFrame", settings: SwingConfig, shared: Place) -> "DataFrame":
     """Swing neighbours of every item: (item_id, neighbor_id, score, rank).
 
     Up to `max_edges_in_memory` distinct (user, item) pairs every executor maps one index into
     memory and takes a share of its items; beyond that, users' rows are shuffled to the items they
-    hold. Both give the same graph.
+    hold. Both give the same graph. From an object store nothing can be mapped, so there it is always
+    the second.
 
     Args:
         dislikes: (user_id, item_id) of negative feedback; repeats are ignored.
@@ -44,13 +47,19 @@ def item_graph(dislikes: "DataFrame", settings: SwingConfig, shared: Path) -> "D
 
     params = SwingParams(**settings.model_dump(exclude={"max_edges_in_memory"}))
     pairs = _stored(dislikes.select("user_id", "item_id").distinct(), shared / "pairs")
-    if pairs.count() <= settings.max_edges_in_memory:
+    if isinstance(shared, Path) and pairs.count() <= settings.max_edges_in_memory:
         return _graph_by_index(pairs.sparkSession, shared, params)
     return _graph_by_shuffle(pairs, shared, params)
 
 
-def _stored(frame: "DataFrame", path: Path) -> "DataFrame":
+def _stored(frame: "DataFrame", path: Place) -> "DataFrame":
     """Write an intermediate result that is used more than once, and read it back."""
+    if isinstance(path, ObjectPath):
+        from pyspark.sql.pandas.types import to_arrow_schema
+
+        schema = to_arrow_schema(frame.schema)
+        write_objects(frame, path, schema)
+        return read_objects(frame.sparkSession, list(map(str, data_files("item_graph", path))), schema)
     frame.write.parquet(str(path))
     return frame.sparkSession.read.schema(frame.schema).parquet(str(path))
 
@@ -128,7 +137,7 @@ def _edges_of_ranges(
 # --- rows shuffled to the items
 
 
-def _graph_by_shuffle(pairs: "DataFrame", shared: Path, params: "SwingParams") -> "DataFrame":
+def _graph_by_shuffle(pairs: "DataFrame", shared: Place, params: "SwingParams") -> "DataFrame":
     """The graph without anything that one machine must hold.
 
     An anchor gets the kept rows of its kept users (in all the sum of |I(u)|^2 within the caps), and
@@ -276,6 +285,10 @@ def _edges_of_anchor(
 def run(ctx: JobContext) -> None:
     dislikes = visible(ctx, ctx.read_window("feedback")).where("polarity = -1")
     # Under the warehouse, because executors on other machines must see it.
-    ctx.store.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".swing-", dir=ctx.store.root) as shared:
-        ctx.write("item_graph", item_graph(dislikes, ctx.config.swing, Path(shared)))
+    shared = ctx.store.root / f".swing-{uuid.uuid4().hex[:8]}"
+    if isinstance(shared, Path):
+        shared.mkdir(mode=0o700, parents=True)
+    try:
+        ctx.write("item_graph", item_graph(dislikes, ctx.config.swing, shared))
+    finally:
+        delete_folder(shared)

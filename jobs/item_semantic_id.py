@@ -12,6 +12,7 @@ from negrec_core.codebook import encode_unique
 from negrec_core.errors import MissingError
 from negrec_core.generator import CODEBOOK, newest, open_codebook, open_generator
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.storage import Place
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -20,7 +21,7 @@ _SCHEMA = "item_id string, codes array<int>"
 
 
 def item_semantic_id(
-    items: "DataFrame", models: Path, media: Path, version: str, taken: np.ndarray | None
+    items: "DataFrame", models: Place, media: Path, version: str, taken: np.ndarray | None
 ) -> "DataFrame":
     """Semantic IDs of items by their content.
 

@@ -19,6 +19,7 @@ from jobs.staleness import Stale, stale_partitions
 from negrec_core.delta_files import MEND_FILE
 from negrec_core.errors import ConfigError, ConflictError, InputError, MissingError, NegrecError
 from negrec_core.progress import Progress, silent
+from negrec_core.storage import store_problem
 
 # Every stage is the module jobs.<name> and writes the table <name>.
 DATA_STAGES = ("feedback", "item_rate", "item_graph", "user_context", "future_feedback")
@@ -265,6 +266,9 @@ def expected(error: Exception, doing: str = "") -> NegrecError | None:
     """
     if isinstance(error, NegrecError):
         return error
+    problem = store_problem(error)
+    if problem:
+        return problem
     found = re.search(r"negrec_core\.errors\.(\w+): (.+)", str(error))
     kind = getattr(errors, found.group(1), None) if found else None
     if found and kind:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +16,7 @@ from negrec_core.delta import DeltaStore
 from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_item_tastes
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.storage import place
 from negrec_core.taste import ItemTastes, fold_in
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class _Catalogue:
     def __init__(self, task: FoldInTask) -> None:
         store = DeltaStore(task.warehouse)
         self._ids = load_semantic_ids(store, task.codebook_version, task.ds, task.ids_version)
-        codebook, _ = open_codebook(Path(task.models), task.codebook_version)
+        codebook, _ = open_codebook(place(task.models), task.codebook_version)
         self._unit = codebook.unit(self._ids.codes)
         tastes = load_item_tastes(store, task.ds, self._ids.items, task.tastes_version, 0.0)
         self._items = ItemTastes(tastes[:, 0], tastes[:, 1:])

@@ -13,7 +13,6 @@ import datetime as dt
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from negrec_core.snapshot import (
     load_snapshot,
     newest_list,
 )
+from negrec_core.storage import Place, place
 
 __all__ = [
     "BlockList",
@@ -75,7 +75,7 @@ class BlockList:
 
     def __init__(
         self,
-        warehouse: Path | str,
+        warehouse: Place | str,
         snapshot: Snapshot,
         threshold: float | None,
         min_page_share: float,
@@ -83,7 +83,7 @@ class BlockList:
         exemptions: Exemptions | None = None,
     ) -> None:
         """Use `open`."""
-        self._warehouse = Path(warehouse)
+        self._warehouse = place(warehouse)
         self._snapshot = snapshot
         self._threshold = threshold
         self._min_page_share = min_page_share
@@ -94,7 +94,7 @@ class BlockList:
     @classmethod
     def open(
         cls,
-        warehouse: Path | str,
+        warehouse: Place | str,
         *,
         threshold: float | None = None,
         min_page_share: float = 0.5,
@@ -103,7 +103,7 @@ class BlockList:
         """Load the newest list that has not expired.
 
         Args:
-            warehouse: root of the warehouse.
+            warehouse: root of the warehouse, a path or an object-store URL.
             threshold: blocks at this score instead of the published threshold.
             min_page_share: `allowed` keeps at least this share of a page. The configuration's
                 `block_list.min_page_share` is what `negrec filter` passes here.
@@ -111,7 +111,7 @@ class BlockList:
                 each call.
 
         Raises:
-            MissingError: no list, or all have expired.
+            MissingError: no list, or all have expired; or the object store cannot be used.
             ArtefactError: the list's codebook is damaged or another one's.
             InputError: a table of the list cannot be read.
         """
@@ -204,7 +204,7 @@ class BlockList:
             Whether the list changed.
 
         Raises:
-            MissingError: no list is valid any more.
+            MissingError: no list is valid any more, or the object store cannot be used.
             ArtefactError: the new list's codebook is damaged or another one's.
             InputError: a table of the new list cannot be read.
         """
@@ -231,6 +231,7 @@ class BlockList:
 
         Raises:
             InputError: the table cannot be read; those known before hold on.
+            MissingError: the object store cannot be used; likewise.
         """
         with self._refreshing:
             before = self._exemptions

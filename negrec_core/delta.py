@@ -11,7 +11,6 @@ import contextlib
 import datetime as dt
 import json
 import logging
-import shutil
 import time
 import urllib.parse
 import uuid
@@ -27,9 +26,19 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from negrec_core.delta_files import MEND_FILE, check_schema, checked_files, size_problem
+from negrec_core.delta_files import MEND_FILE, check_schema, checked_files
 from negrec_core.errors import ConfigError, ConflictError, InputError, MissingError, NegrecError
 from negrec_core.schemas import TABLES, Table
+from negrec_core.storage import (
+    Place,
+    delete_folder,
+    delta_options,
+    finish_run,
+    located,
+    place,
+    size_problems,
+    store_errors,
+)
 
 log = logging.getLogger("negrec")
 
@@ -77,23 +86,24 @@ class Commit:
 
 
 class DeltaStore:
-    """The Delta tables under one warehouse directory.
+    """The Delta tables under one warehouse, a directory or a prefix of an object store.
 
-    Every method opens the table afresh: a delta-rs handle does not advance by itself.
+    Every method opens the table afresh: a delta-rs handle does not advance by itself. Where the
+    warehouse is in an object store, MissingError says that it cannot be used.
 
     Raises:
-        ConfigError: the directory's path holds a character that Spark or delta-rs misreads.
+        ConfigError: the path or URL holds a character that Spark or delta-rs misreads.
     """
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root).absolute()
+    def __init__(self, root: Place | str) -> None:
+        self.root = place(root)
         odd = sorted(_PATTERN_CHARACTERS.intersection(str(self.root)))
         if odd:
             raise ConfigError(
                 f"warehouse {self.root}: a path with {' '.join(odd)} cannot be used; choose another"
             )
 
-    def path(self, table: str) -> Path:
+    def path(self, table: str) -> Place:
         return self.root / "tables" / table
 
     def create_tables(self) -> None:
@@ -103,15 +113,17 @@ class DeltaStore:
                 self._create(table)
 
     def _create(self, table: Table) -> None:
+        path = self.path(table.name)
         try:
             DeltaTable.create(
-                self.path(table.name),
+                str(path),
                 table.schema,
                 partition_by=list(table.partition_by),
                 description=table.about,
                 # The log holds the provenance and the versions that were pinned, and by default its
                 # entries go after 30 days.
                 configuration={"delta.enableExpiredLogCleanup": "false"},
+                storage_options=delta_options(path),
                 # Tried again, the second of two creations would succeed too, as a version of its own.
                 commit_properties=CommitProperties(max_commit_retries=0),
             )
@@ -126,8 +138,10 @@ class DeltaStore:
             MissingError: the table was never created, or has no such version.
             InputError: its log is damaged, or its schema is not the declared one.
         """
+        path = self.path(table)
         try:
-            handle = DeltaTable(self.path(table), version=version)
+            with store_errors(self.root):
+                handle = DeltaTable(str(path), version=version, storage_options=delta_options(path))
         except TableNotFoundError:
             raise MissingError(
                 f"table {table}: not found under {self.root}; give the warehouse with --warehouse,"
@@ -174,7 +188,9 @@ class DeltaStore:
 
     def exists(self, table: str) -> bool:
         """Whether the table was created."""
-        return DeltaTable.is_deltatable(str(self.path(table)))
+        path = self.path(table)
+        with store_errors(self.root):
+            return DeltaTable.is_deltatable(str(path), storage_options=delta_options(path))
 
     def days(self, table: str) -> list[str]:
         """The `ds` values that hold rows, ascending."""
@@ -203,7 +219,8 @@ class DeltaStore:
         wanted = None if days is None else pc.field("ds").isin(pa.array(days, pa.string()))
         dataset = self.handle(table, version).to_pyarrow_dataset()
         try:
-            return dataset.to_table(columns=None if columns is None else list(columns), filter=wanted)
+            with store_errors(self.root):
+                return dataset.to_table(columns=None if columns is None else list(columns), filter=wanted)
         except (OSError, pa.ArrowException) as error:
             self.files(table, days, version, check=True)  # names the file, if it is gone or cut
             reason = " ".join(str(error).split())
@@ -217,7 +234,7 @@ class DeltaStore:
         *,
         check: bool = False,
     ) -> list[str]:
-        """Absolute paths of the live data files of the given `ds` partitions (all by default).
+        """Absolute paths or URLs of the live data files of the given `ds` partitions (all by default).
 
         Raises:
             InputError: `check` is set, and one of them is gone or has not the size that it was committed
@@ -228,16 +245,15 @@ class DeltaStore:
         if not actions.num_rows:  # then there is no column partition.ds either
             return []
         columns = (actions[name].to_pylist() for name in ("path", "partition.ds", "size_bytes"))
-        found = []
-        for path, ds, size in zip(*columns, strict=True):
-            if wanted is not None and ds not in wanted:
-                continue
-            file = self.path(table) / urllib.parse.unquote(path)
-            problem = size_problem(file, size) if check else None
-            if problem:
-                raise InputError(f"table {table}: {path} of ds={ds} {problem}; {MEND_FILE}")
-            found.append(str(file))
-        return found
+        rows = [row for row in zip(*columns, strict=True) if wanted is None or row[1] in wanted]
+        root = self.path(table)
+        files = [str(root / urllib.parse.unquote(path)) for path, _, _ in rows]
+        if check:
+            problems = size_problems(files, [size for _, _, size in rows])
+            for (path, ds, _), problem in zip(rows, problems, strict=True):
+                if problem:
+                    raise InputError(f"table {table}: {path} of ds={ds} {problem}; {MEND_FILE}")
+        return files
 
     def commits(self, table: str, limit: int | None = None) -> list[Commit]:
         """Commits of day partitions, newest first, among the last `limit` entries of the log.
@@ -276,7 +292,7 @@ class DeltaStore:
                 return commit
         raise MissingError(f"table {table}: no partition ds={ds}; run the job for that day")
 
-    def new_run(self, table: str) -> Path:
+    def new_run(self, table: str) -> Place:
         """A run directory that does not exist yet, for one write of `table`."""
         return self.path(table) / f"run={uuid.uuid4().hex[:16]}"
 
@@ -289,31 +305,37 @@ class DeltaStore:
         if declared.key:
             ordered = ordered.sort_by([(name, "ascending") for name in declared.key])
         run = self.new_run(table)
-        run.mkdir(parents=True)
+        files, name = located(run)
         try:
-            ds_.write_dataset(
-                ordered,
-                run,
-                format="parquet",
-                partitioning=ds_.partitioning(
-                    pa.schema([declared.schema.field(n) for n in declared.partition_by]), flavor="hive"
-                ),
-                max_partitions=1 << 20,
-                use_threads=False,  # threads would lose the order
-            )
+            with store_errors(self.root):
+                if isinstance(run, Path):
+                    run.mkdir(parents=True)
+                ds_.write_dataset(
+                    ordered,
+                    name,
+                    filesystem=files,
+                    format="parquet",
+                    partitioning=ds_.partitioning(
+                        pa.schema([declared.schema.field(n) for n in declared.partition_by]), flavor="hive"
+                    ),
+                    max_partitions=1 << 20,
+                    use_threads=False,  # threads would lose the order
+                )
+                finish_run(run)
         except BaseException:
-            shutil.rmtree(run, ignore_errors=True)  # on a full disk, what is there already is in the way
+            delete_folder(run)  # on a full disk, what is there already is in the way
             raise
         return self.commit(table, run, revisions, provenance)
 
-    def commit(self, table: str, run: Path, revisions: Mapping[str, int], provenance: Provenance) -> int:
+    def commit(self, table: str, run: Place, revisions: Mapping[str, int], provenance: Provenance) -> int:
         """Check the files of a run directory and replace whole `ds` partitions by them, atomically.
 
         A run that is not committed is deleted.
 
         Args:
             table: table name.
-            run: directory named by `new_run` and filled by the writer; may hold no data file.
+            run: directory named by `new_run` and filled by the writer, who ends with `finish_run`; may
+                hold no data file.
             revisions: every `ds` that is replaced -> its new revision, which must exceed the old.
             provenance: recorded in the commit.
 
@@ -343,7 +365,7 @@ class DeltaStore:
         count = handle.transaction_version(shard)
         return count is not None and handle.transaction_version(f"{shard}.{digest}") == count
 
-    def commit_shard(self, table: str, run: Path, ds: str, bucket: int, digest: str) -> int:
+    def commit_shard(self, table: str, run: Place, ds: str, bucket: int, digest: str) -> int:
         """Replace one (`ds`, `bucket`) of a staging table; `shard_done` is true from then on.
 
         Raises:
@@ -366,13 +388,15 @@ class DeltaStore:
         shards = [f"{_app_id(table, ds)}.{bucket}" for bucket in buckets]
         transactions = {shard: (handle.transaction_version(shard) or 0) + 1 for shard in shards}
         run = self.new_run(table)
-        run.mkdir()
+        if isinstance(run, Path):
+            run.mkdir()
+        finish_run(run)
         return self._replace(table, run, [ds], None, transactions, {})
 
     def _replace(
         self,
         table: str,
-        run: Path,
+        run: Place,
         days: list[str],
         bucket: int | None,
         transactions: dict[str, int],
@@ -382,19 +406,21 @@ class DeltaStore:
         self.handle(table)  # before the run could be blamed for a missing table
         filters: list[tuple[str, str, Any]] = [("ds", "in", days)]
         try:
-            adds = checked_files(declared, self.path(table), run, days)
+            with store_errors(self.root):
+                adds = checked_files(declared, run, days)
             if bucket is not None:
                 filters.append(("bucket", "=", str(bucket)))
                 if any(add.partition_values["bucket"] != str(bucket) for add in adds):
                     raise InputError(
                         f"table {table}: {run.name} holds other buckets than {bucket}; nothing was committed"
                     )
-            return self._commit(declared, adds, filters, transactions, metadata)
+            with store_errors(self.root):
+                return self._commit(declared, adds, filters, transactions, metadata)
         except Exception:
             # A run that was committed before must stay, whatever is wrong with this commit.
             with contextlib.suppress(NegrecError):
-                if not any(run in Path(file).parents for file in self.files(table)):
-                    shutil.rmtree(run, ignore_errors=True)
+                if not any(file.startswith(f"{run}/") for file in self.files(table)):
+                    delete_folder(run)
             raise
 
     def _commit(

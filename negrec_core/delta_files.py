@@ -7,46 +7,38 @@ keys (DESIGN section 9, rule 4).
 import json
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
 from negrec_core.errors import InputError
 from negrec_core.schemas import Table
+from negrec_core.storage import Place, below, data_files, parquet_file, size_and_time
 
 MEND_FILE = "restore the file, or make that day again with --force"
 _KEYS_AT_ONCE = 1 << 16
 
 
-def checked_files(declared: Table, root: Path, run: Path, days: Collection[str]) -> list[AddAction]:
+def checked_files(declared: Table, run: Place, days: Collection[str]) -> list[AddAction]:
     """Add actions of all data files of a run directory, with their numbers of rows.
 
     Args:
         declared: the table.
-        root: directory of the table.
-        run: directory below `root`. What Spark hides by a leading `_` or `.` (marks of success,
-            attempts that were given up) is no data.
+        run: directory below that of the table.
         days: the `ds` values that the files may have.
 
     Raises:
         InputError: no such directory; a file is cut, has another schema or another partition; a key
             is null or occurs twice in a partition.
     """
-    if not run.is_dir():
-        raise InputError(f"table {declared.name}: {run} was never written; nothing was committed")
-    files = sorted(
-        file
-        for file in run.rglob("*.parquet")
-        if not any(part.startswith(("_", ".")) for part in file.relative_to(run).parts)
-    )
+    files = data_files(declared.name, run)
     with ThreadPoolExecutor(8) as pool:
-        adds = list(pool.map(lambda file: _add_action(declared, root, file, days), files))
-    by_partition: dict[str, list[Path]] = {}
+        adds = list(pool.map(lambda file: _add_action(declared, run, file, days), files))
+    by_partition: dict[str, list[Place]] = {}
     for file in files:
-        by_partition.setdefault("/".join(file.relative_to(run).parts[:-1]), []).append(file)
+        by_partition.setdefault(str(below(file, run).parent), []).append(file)
     for partition, group in by_partition.items():
         _check_keys(declared, partition, group)
     return adds
@@ -70,22 +62,12 @@ def check_schema(table: str, where: str, found: pa.Schema, declared: pa.Schema) 
         raise InputError(f"table {table}: {where}: {'; '.join(different)}")
 
 
-def size_problem(file: Path, size: int) -> str | None:
-    """What is wrong with a data file that the log says has so many bytes; None: nothing."""
-    try:
-        found = file.stat().st_size
-    except FileNotFoundError:
-        return "is gone"
-    return None if found == size else f"has {found:,} bytes, not {size:,}"
-
-
-def _add_action(declared: Table, root: Path, file: Path, days: Collection[str]) -> AddAction:
-    relative = file.relative_to(root)
+def _add_action(declared: Table, run: Place, file: Place, days: Collection[str]) -> AddAction:
+    relative = PurePosixPath(run.name) / below(file, run)
     values = _partition_values(declared, relative, days)
     try:
-        footer = pq.read_metadata(file)
-        size = file.stat().st_size
-        modified = file.stat().st_mtime_ns // 1_000_000
+        footer = parquet_file(file).metadata
+        size, modified = size_and_time(file)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(declared, relative, error) from None
     check_schema(
@@ -96,10 +78,10 @@ def _add_action(declared: Table, root: Path, file: Path, days: Collection[str]) 
     # hashes, so bounds would seldom skip a file, and row groups have theirs in the file.
     statistics = json.dumps({"numRecords": footer.num_rows})
     # The path is given as it is: delta-rs percent-encodes it for the log.
-    return AddAction(relative.as_posix(), size, values, modified, True, statistics)
+    return AddAction(str(relative), size, values, modified, True, statistics)
 
 
-def _partition_values(declared: Table, file: Path, days: Collection[str]) -> dict[str, str | None]:
+def _partition_values(declared: Table, file: PurePosixPath, days: Collection[str]) -> dict[str, str | None]:
     """ISO days and integers from a path `run=<id>/<column>=<value>/.../<file>`."""
     parts = [part.partition("=") for part in file.parts[1:-1]]
     if tuple(name for name, _, _ in parts) != declared.partition_by:
@@ -130,14 +112,14 @@ def _type_name(kind: pa.DataType) -> str:
     return str(kind)
 
 
-def _check_keys(declared: Table, partition: str, files: list[Path]) -> None:
+def _check_keys(declared: Table, partition: str, files: list[Place]) -> None:
     """Check one partition: where there are buckets the key names the user, so they are disjoint."""
     if not declared.key or (len(files) == 1 and _ascend(files[0], list(declared.key))):
         return
     tables = []
     for file in files:
         try:
-            tables.append(pq.ParquetFile(file).read(columns=list(declared.key)))
+            tables.append(parquet_file(file).read(columns=list(declared.key)))
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(declared, file, error) from None
     keys = pa.concat_tables(tables, promote_options="permissive")
@@ -158,14 +140,14 @@ def _check_keys(declared: Table, partition: str, files: list[Path]) -> None:
         )
 
 
-def _ascend(file: Path, names: list[str]) -> bool:
+def _ascend(file: Place, names: list[str]) -> bool:
     """Whether the rows are in the order of their keys and each key is whole and there once.
 
     Files are written in that order, so that the keys of a partition need not all be in memory.
     """
     last: list[pa.RecordBatch] = []
     try:
-        for batch in pq.ParquetFile(file).iter_batches(_KEYS_AT_ONCE, columns=names):
+        for batch in parquet_file(file).iter_batches(_KEYS_AT_ONCE, columns=names):
             keys = pa.Table.from_batches([*last, batch]).combine_chunks()
             if any(keys[name].null_count for name in names):
                 return False
@@ -182,7 +164,7 @@ def _ascend(file: Path, names: list[str]) -> bool:
     return True
 
 
-def _unreadable(declared: Table, file: Path, error: Exception) -> InputError:
+def _unreadable(declared: Table, file: Place | PurePosixPath, error: Exception) -> InputError:
     reason = " ".join(str(error).split())
     return InputError(
         f"table {declared.name}: {file} is not a whole Parquet file ({reason}); nothing was"

@@ -7,6 +7,7 @@ from negrec_core.artefacts import Manifest, list_versions, open_version
 from negrec_core.codebook import Codebook
 from negrec_core.errors import ArtefactError, MissingError
 from negrec_core.prompts import PromptWriter
+from negrec_core.storage import Place
 
 CODEBOOK = "codebook"
 GENERATOR = "generator"
@@ -31,13 +32,13 @@ class Generator:
     codebook_manifest: Manifest
 
 
-def open_codebook(models: Path, version: str) -> tuple[Codebook, Manifest]:
+def open_codebook(models: Place, version: str) -> tuple[Codebook, Manifest]:
     """Load one complete codebook."""
     path, manifest = open_version(models, CODEBOOK, version)
     return Codebook.load(path), manifest
 
 
-def newest(models: Path, name: str, ds: str) -> Manifest:
+def newest(models: Place, name: str, ds: str) -> Manifest:
     """The complete version of a model that has seen most, but nothing after the log date `ds`.
 
     Among versions trained up to the same day it is the newest. A model trained anew for an earlier
@@ -55,7 +56,7 @@ def newest(models: Path, name: str, ds: str) -> Manifest:
     return max(usable, key=lambda m: (m.parameters["until"], m.version))
 
 
-def open_generator(models: Path, ds: str) -> Generator:
+def open_generator(models: Place, ds: str) -> Generator:
     """Newest generator usable on `ds`, with its codebook.
 
     Raises:

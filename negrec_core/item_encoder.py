@@ -22,13 +22,14 @@ from urllib.parse import unquote
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from negrec_core.artefacts import Manifest
+from negrec_core.artefacts import Manifest, fetched, on_this_machine
 from negrec_core.embedding_cache import EmbeddingCache, file_digest, text_digest
 from negrec_core.encoder import TextEncoder
 from negrec_core.errors import InputError
 from negrec_core.generator import CODEBOOK
 from negrec_core.items import item_text
 from negrec_core.progress import Progress, silent
+from negrec_core.storage import Place
 
 _CACHE = "embeddings"
 # With or without an authority, which has to be this machine.
@@ -43,7 +44,7 @@ class ItemEncoder:
 
     def __init__(
         self,
-        models: Path,
+        models: Place,
         encoder: str,
         image_encoder: str | None = None,
         image_weight: float = 0.3,
@@ -59,7 +60,8 @@ class ItemEncoder:
             media: folder that a relative `media_uri` starts from; absent: the current one.
         """
         self._text = TextEncoder(encoder)
-        self._texts = EmbeddingCache(models / _CACHE, self._text.fingerprint())
+        cache = on_this_machine(models) / _CACHE
+        self._texts = EmbeddingCache(cache, self._text.fingerprint())
         self._weight = image_weight
         self._media = media or Path()
         self._image = None
@@ -69,10 +71,10 @@ class ItemEncoder:
             from negrec_core.image_encoder import ImageEncoder
 
             self._image = ImageEncoder(image_encoder)
-            self._images = EmbeddingCache(models / _CACHE, self._image.fingerprint())
+            self._images = EmbeddingCache(cache, self._image.fingerprint())
 
     @classmethod
-    def of_codebook(cls, models: Path, manifest: Manifest, media: Path) -> "ItemEncoder":
+    def of_codebook(cls, models: Place, manifest: Manifest, media: Path) -> "ItemEncoder":
         """The encoder whose embeddings a codebook was trained on.
 
         Args:
@@ -90,7 +92,7 @@ class ItemEncoder:
             media,
         )
         if encoder._image is not None:
-            encoder._centre = load_file(models / CODEBOOK / manifest.version / _CENTRE)["centre"]
+            encoder._centre = load_file(fetched(models, CODEBOOK, manifest.version) / _CENTRE)["centre"]
         return encoder
 
     def fit_encode(self, rows: Sequence[dict[str, Any]], progress: Progress = silent) -> np.ndarray:

@@ -13,13 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake.exceptions import DeltaError
 
 from negrec_core.block_score import FEATURES, BlockScore, Items, Tally, features
@@ -29,6 +27,7 @@ from negrec_core.errors import ArtefactError, InputError, MissingError
 from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_categories, load_item_tastes
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.storage import Place, parquet_file, store_problem
 from negrec_core.string_index import StringIndex
 
 log = logging.getLogger("negrec")
@@ -202,7 +201,7 @@ def newest_list(store: DeltaStore, today: dt.date) -> Published:
     )
 
 
-def load_snapshot(warehouse: Path | str, today: dt.date) -> Snapshot:
+def load_snapshot(warehouse: Place | str, today: dt.date) -> Snapshot:
     """Load the newest valid list with the tables that its commit names, at their versions.
 
     Raises:
@@ -253,6 +252,8 @@ def reading(which: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, DeltaError) as error:
+        if problem := store_problem(error):
+            raise problem from None
         # delta-rs colours its messages.
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
         raise InputError(
@@ -407,7 +408,7 @@ def _in_parallel(make: Callable[[_Value], _Result], values: Sequence[_Value]) ->
 
 def _read(file: str, columns: Sequence[str], as_dictionaries: Sequence[str] = ()) -> pa.Table:
     """Columns of a data file (a path for a part of one), some strings as dictionaries."""
-    opened = pq.ParquetFile(file, read_dictionary=list(as_dictionaries))
+    opened = parquet_file(file, read_dictionary=list(as_dictionaries))
     return opened.read(columns=list(columns), use_threads=False)
 
 

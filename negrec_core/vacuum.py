@@ -7,19 +7,20 @@ itself older than the retention. What a writer is working on is younger than tha
 
 import datetime as dt
 import json
-import shutil
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import ConfigError
 from negrec_core.schemas import TABLES
+from negrec_core.storage import Place, Stored, delete_files, delete_folder, folders, walk
 
 STAGING = {"negative_item_set_shard": "negative_item_set"}
 # Of a stage that was killed; the stage removes its own.
-_TEMPORARY = ".swing-*"
+_TEMPORARY = ".swing-"
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,13 @@ def vacuum(store: DeltaStore, days: int, *, delete: bool, now: dt.datetime | Non
     cutoff = (now or dt.datetime.now(dt.UTC)).timestamp() - days * 86_400
     pinned = _pinned(store)
     found = [_vacuum_table(store, table, cutoff, pinned.get(table, set()), delete) for table in TABLES]
-    temporary = [path for path in store.root.glob(_TEMPORARY) if _newest(path) < cutoff]
-    files = [file for path in temporary for file in _files(path)]
-    found.append(Vacuumed("", len(files), 0, sum(file.stat().st_size for file in files), []))
+    temporary = [store.root / name for name in folders(store.root) if name.startswith(_TEMPORARY)]
+    temporary = [path for path in temporary if _newest(path) < cutoff]
+    files = [file for path in temporary for file in walk(path)]
+    found.append(Vacuumed("", len(files), 0, sum(file.size for file in files), []))
     if delete:
         for path in temporary:
-            shutil.rmtree(path)
+            delete_folder(path)
     return [one for one in found if one.orphans or one.replaced or one.staging]
 
 
@@ -92,41 +94,43 @@ def _pinned(store: DeltaStore) -> dict[str, set[int]]:
 def _vacuum_table(store: DeltaStore, table: str, cutoff: float, pinned: set[int], delete: bool) -> Vacuumed:
     if not store.exists(table):
         return Vacuumed(table, 0, 0, 0, [])
+    root = store.path(table)
     staging = _old_staging(store, table, cutoff)
     if delete:
         for ds in staging:
             store.drop_shards(table, ds)
-    root = store.path(table)
     # In this order: what is replaced between the two is still among the first.
     kept = {file for version in (*pinned, None) for file in store.files(table, version=version)}
     removed = _removed(root)
     kept |= {str(root / path) for path, when in removed.items() if when >= cutoff}
+    runs: dict[str, list[Stored]] = {name: [] for name in folders(root) if name.startswith("run=")}
+    for file in walk(root):
+        if file.below.parts[0] in runs:
+            runs[file.below.parts[0]].append(file)
     orphans = replaced = size = 0
-    for run in sorted(root.glob("run=*")):
-        committed = any(path.startswith(f"{run.name}/") for path in removed) or any(
-            file.startswith(f"{run}/") for file in kept
+    for run, files in runs.items():
+        committed = any(path.startswith(f"{run}/") for path in removed) or any(
+            file.startswith(f"{root / run}/") for file in kept
         )
-        if not committed and _newest(run) >= cutoff:
+        if not committed and _newest(root / run) >= cutoff:
             continue  # its writer may still be at work
-        files = _files(run)
-        needed = {file for file in files if str(file) in kept or file.stat().st_mtime >= cutoff}
-        data = [file for file in files if file.suffix == ".parquet" and not file.name.startswith(".")]
-        gone = [file for file in data if file not in needed]
-        if any(file in needed for file in data):
-            files = [other for file in gone for other in (file, file.with_name(f".{file.name}.crc"))]
-            files = [file for file in files if file.exists()]
+        needed = {file.below for file in files if str(file.path) in kept or file.modified >= cutoff * 1000}
+        data = [file for file in files if file.below.suffix == ".parquet" and file.below.name[0] != "."]
+        gone = [file for file in data if file.below not in needed]
+        if len(gone) < len(data):
+            marks = {file.below.with_name(f".{file.below.name}.crc") for file in gone}
+            files = gone + [file for file in files if file.below in marks]
         elif needed:
             continue
-        size += sum(file.stat().st_size for file in files)
+        size += sum(file.size for file in files)
         if committed:
             replaced += len(gone)
         else:
             orphans += len(gone)
         if delete:
-            for file in files:
-                file.unlink()
-            if not _files(run):
-                shutil.rmtree(run)
+            delete_files([file.path for file in files])
+            if not walk(root / run):
+                delete_folder(root / run)
     return Vacuumed(table, orphans, replaced, size, staging)
 
 
@@ -134,33 +138,33 @@ def _old_staging(store: DeltaStore, table: str, cutoff: float) -> list[str]:
     """Days of a staging table that were last written before the cutoff and whose result is committed."""
     if table not in STAGING:
         return []
+    young = {str(file.path) for file in walk(store.path(table)) if file.modified >= cutoff * 1000}
     return [
         ds
         for ds in store.days(table)
-        if store.revision(STAGING[table], ds)
-        and all(Path(file).stat().st_mtime < cutoff for file in store.files(table, [ds]))
+        if store.revision(STAGING[table], ds) and young.isdisjoint(store.files(table, [ds]))
     ]
 
 
-def _removed(root: Path) -> dict[str, float]:
+def _removed(root: Place) -> dict[str, float]:
     """Path below the table -> when it was last taken out of it, seconds; of all commits in the log."""
+    entries = [file.path for file in walk(root / "_delta_log") if file.below.suffix == ".json"]
+    with ThreadPoolExecutor(8) as pool:
+        contents = pool.map(lambda entry: entry.read_bytes(), entries)
     found: dict[str, float] = {}
-    for entry in sorted((root / "_delta_log").glob("*.json")):
-        for line in entry.read_text(encoding="utf-8").splitlines():
-            remove = json.loads(line).get("remove")
-            if remove:
-                path = urllib.parse.unquote(remove["path"])
-                found[path] = max(found.get(path, 0.0), remove["deletionTimestamp"] / 1000)
+    for line in (line for content in contents for line in content.splitlines()):
+        remove = json.loads(line).get("remove")
+        if remove:
+            path = urllib.parse.unquote(remove["path"])
+            found[path] = max(found.get(path, 0.0), remove["deletionTimestamp"] / 1000)
     return found
 
 
-def _files(path: Path) -> list[Path]:
-    return [file for file in path.rglob("*") if file.is_file()]
-
-
-def _newest(path: Path) -> float:
-    """When anything of a directory was last written, seconds."""
-    return max(_times(path), default=0.0)
+def _newest(folder: Place) -> float:
+    """When anything of a folder was last written, seconds."""
+    if isinstance(folder, Path):
+        return max(_times(folder), default=0.0)
+    return max((file.modified / 1000 for file in walk(folder)), default=0.0)
 
 
 def _times(path: Path) -> Iterator[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from disks import SmallDisk
 from hypothesis import settings
+from object_stores import OBJECT_STORE, ObjectStore
 
 from negrec_core.delta import DeltaStore
 
@@ -85,6 +86,14 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield disk
     finally:
         subprocess.run(["umount", "--lazy", str(disk.root)], check=True)
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    """An S3 server; the environment leads to it."""
+    pytest.importorskip("moto")
+    with OBJECT_STORE:
+        yield OBJECT_STORE
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from negrec_core.artefacts import Manifest, new_version, seal
+from negrec_core.artefacts import Manifest, new_version, publish, seal
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import InputError
@@ -13,12 +13,13 @@ from negrec_core.item_encoder import ItemEncoder
 from negrec_core.items import load_items
 from negrec_core.progress import Progress
 from negrec_core.sid_health import HealthLimits, check, sid_health
+from negrec_core.storage import Place
 from train import residual_kmeans, rqvae
 
 
 def train_codebook(
     store: DeltaStore,
-    models: Path,
+    models: Place,
     media: Path,
     config: Config,
     until: str,
@@ -83,7 +84,7 @@ def train_codebook(
     codebook.save(path)
     encoder.save(path)
     (path / "curve.json").write_text(json.dumps(curve.steps, indent=1), encoding="utf-8")
-    return seal(
+    manifest = seal(
         path,
         parameters={
             "until": until,
@@ -94,3 +95,5 @@ def train_codebook(
         metrics={"items": items.num_rows, **asdict(health), **curve.metrics},
         inputs={"item": version},
     )
+    publish(models, path)
+    return manifest

@@ -31,6 +31,7 @@ from negrec_core.metrics import (
 )
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.set_order import ANYBODY
+from negrec_core.storage import Place
 from negrec_core.trie import Trie
 from train.baselines import SET_SIZE, Known, baselines, judged
 from train.candidates import Candidates, chosen, draw_candidates
@@ -109,7 +110,7 @@ class Evaluation:
 
 
 def evaluate(
-    warehouse: Path, config: Config, ds: str, *, seed: int, sequential: Path | None = None
+    warehouse: Place, config: Config, ds: str, *, seed: int, sequential: Path | None = None
 ) -> Evaluation:
     """Judge the list of `ds` by the feedback of the horizon after its anchors.
 

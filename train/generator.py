@@ -14,7 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from negrec_core.artefacts import MANIFEST, Manifest, new_version, open_version, seal
+from negrec_core.artefacts import (
+    MANIFEST,
+    Manifest,
+    new_version,
+    on_this_machine,
+    open_version,
+    publish,
+    seal,
+)
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore
 from negrec_core.generator import CODEBOOK, GENERATOR, newest, open_codebook
@@ -22,6 +30,7 @@ from negrec_core.items import load_items
 from negrec_core.progress import Progress
 from negrec_core.resources import resource
 from negrec_core.semantic_ids import load_semantic_ids
+from negrec_core.storage import Place
 from train import alignment, grpo, translation, warm_up
 from train.models import build_model, load_prompt_text
 from train.plots import plot_curve
@@ -38,7 +47,7 @@ STEPS: dict[str, ModuleType] = {
 
 def train_generator(
     store: DeltaStore,
-    models: Path,
+    models: Place,
     config: Config,
     until: str,
     *,
@@ -69,7 +78,7 @@ def train_generator(
     task = Task(store, config, until, seed, codebook, codebook_manifest, ids, progress)
     student, path, made = first_student(task), None, []
     for name in config.generator.steps:
-        student, path, manifest = run_step(models, name, task, student)
+        student, path, manifest = run_step(on_this_machine(models), name, task, student)
         made.append(manifest)
         if name == last_step:
             return manifest
@@ -79,7 +88,7 @@ def train_generator(
     return newest(models, GENERATOR, until)
 
 
-def _keep(models: Path, task: Task, student: Student, path: Path | None, made: list[Manifest]) -> None:
+def _keep(models: Place, task: Task, student: Student, path: Path | None, made: list[Manifest]) -> None:
     """Store the model after the last step as a generator; it is kept in `path`, unless there was no step."""
     config, codebook_manifest = task.config, task.codebook_manifest
     out = new_version(models, GENERATOR)
@@ -104,6 +113,7 @@ def _keep(models: Path, task: Task, student: Student, path: Path | None, made: l
     }
     inputs = {table: version for manifest in made for table, version in manifest.inputs.items()}
     seal(out, parameters=parameters, metrics=metrics, inputs=inputs)
+    publish(models, out)
 
 
 def first_student(task: Task) -> Student:

