@@ -34,6 +34,7 @@ from negrec_core.storage import (
     delete_folder,
     delta_options,
     finish_run,
+    folder_files,
     located,
     place,
     size_problems,
@@ -217,7 +218,7 @@ class DeltaStore:
             InputError: a data file is gone or damaged.
         """
         wanted = None if days is None else pc.field("ds").isin(pa.array(days, pa.string()))
-        dataset = self.handle(table, version).to_pyarrow_dataset()
+        dataset = self.handle(table, version).to_pyarrow_dataset(filesystem=folder_files(self.path(table)))
         try:
             with store_errors(self.root):
                 return dataset.to_table(columns=None if columns is None else list(columns), filter=wanted)

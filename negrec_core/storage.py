@@ -5,6 +5,7 @@ environment variables (`AWS_*`, ...) holds for both and no secret passes through
 whole when it appears, but there are no directories and no renaming.
 """
 
+import atexit
 import contextlib
 import functools
 import io
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ _OPTIONS = {"max_retries": "100", "retry_timeout": "30s", "connect_timeout": "10
 _THREADS = 16
 _CHUNK = 1 << 20
 _WRITTEN = "_written.json"
+_LAST_CLOSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True, order=True)
@@ -111,7 +114,14 @@ def place(root: Place | str) -> Place:
         raise ConfigError(
             f"warehouse {root}: write it as {url.scheme}://bucket/prefix, of letters, digits and . _ - ="
         )
+    _wait_at_exit()
     return ObjectPath(f"{url.scheme}://{url.netloc}", key)
+
+
+@functools.lru_cache
+def _wait_at_exit() -> None:
+    """Give Arrow's threads the time to close what they have read, as `folder_files` says."""
+    atexit.register(time.sleep, _LAST_CLOSE_SECONDS)
 
 
 def below(path: Place, folder: Place) -> PurePosixPath:
@@ -137,6 +147,15 @@ def located(path: Place | str) -> tuple[pa_fs.FileSystem | None, str]:
     found = place(path)
     assert isinstance(found, ObjectPath)
     return filesystem(found.store), found.key
+
+
+def folder_files(folder: Place) -> pa_fs.FileSystem | None:
+    """A folder of this machine as a file system of Arrow, of which delta-rs takes its own for None.
+
+    That one calls Python from Arrow's threads, and a process that ends while one of them still closes a
+    file is aborted (about one in ten that read many small files and end).
+    """
+    return pa_fs.SubTreeFileSystem(str(folder), pa_fs.LocalFileSystem()) if isinstance(folder, Path) else None
 
 
 def parquet_file(path: Place | str, **options: Any) -> pq.ParquetFile:
