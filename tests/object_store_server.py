@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from moto.server import DomainDispatcherApplication, create_backend_app
+from object_stores import CARELESS
 from werkzeug.serving import run_simple
-
-# A bucket of this name stands for a store that does not know conditional writes.
-CARELESS = "careless"
 
 
 def serve(port: int) -> None:

@@ -12,6 +12,10 @@ import uuid
 from pathlib import Path
 from types import TracebackType
 
+# A bucket of this name stands for a store that does not know conditional writes. Not in the server's file:
+# vLLM cannot start in a process that has imported Flask.
+CARELESS = "careless"
+
 
 def free_port() -> int:
     with socket.socket() as one:

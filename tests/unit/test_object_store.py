@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from object_store_server import CARELESS
-from object_stores import ObjectStore, environment, free_port
+from object_stores import CARELESS, ObjectStore, environment, free_port
 from typer.testing import CliRunner
 from warehouses import DS, Context, Entry, publish, small_codebook, write_rows
 
