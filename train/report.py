@@ -258,7 +258,11 @@ def _costs(cells: Iterable[dict[str, Any]]) -> str:
             ]
         )
     head = ["data", "seed", "seconds in all", "longest command", "cores", "failed with"]
-    return "## Cost, and cells that failed\n\n" + _table(head, rows)
+    note = (
+        "Seconds of the clock: other work on the machine lengthens them, and a cache of the warehouse that"
+        " holds the embeddings of the texts shortens `train codebook`.\n\n"
+    )
+    return "## Cost, and cells that failed\n\n" + note + _table(head, rows)
 
 
 def _rows(cells: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Estimate]]:
