@@ -14,7 +14,11 @@ from negrec_core.artefacts import list_versions
 from negrec_core.beam.torch_engine import TorchBeamEngine
 from negrec_core.config import load_config
 from negrec_core.metrics import Estimate
-from train.ablation import VARIANTS, Grid, Link, cells, run, run_link, summarise
+from train.ablation.cells import cells, run
+from train.ablation.grid import Grid, Link
+from train.ablation.links import run_link
+from train.ablation.summary import summarise
+from train.ablation.variants import VARIANTS
 from train.collaborative import collaborative_embeddings
 from train.generator import TRAINING
 from train.ours import Generation
