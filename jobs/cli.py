@@ -153,13 +153,14 @@ def world(
     users: Annotated[int, typer.Option(help="Number of users.")] = 5000,
     items: Annotated[int, typer.Option(help="Number of items.")] = 1500,
     days: Annotated[int, typer.Option(help="Days of log.")] = 35,
+    slate: Annotated[int, typer.Option(help="Mean number of items shown in a session.")] = 6,
     seed: Seed = 7,
 ) -> None:
     """Generate a world to try negrec on: users with tastes, items, and a recommender's log."""
     from jobs.world import WorldSettings, generate
 
     with reporting() as reporter:
-        settings = WorldSettings(users=users, items=items, days=days, seed=seed)
+        settings = WorldSettings(users=users, items=items, days=days, slate=slate, seed=seed)
         summary = generate(settings, out, reporter.stage("world", ""))
     console.print(
         f"{summary.users} users, {summary.items} items, {summary.shows} exposures,"

@@ -1,6 +1,7 @@
 """The demo world from log to block list: seconds and memory of every command and daily stage.
 
-    python tests/bench/bench_end_to_end.py [--quick] [--users 1000 10000 100000] [--folder DIR]
+    python tests/bench/bench_end_to_end.py [--quick] [--users 1000 10000 100000]
+        [--days 35] [--slate 6] [--folder DIR] [--set KEY=VALUE]
 
 The commands are those of `negrec demo`, with the overlay `demo` and its tiny model, in processes of their
 own. All worlds have the same items, so models are trained in the first world and serve the others. The
@@ -38,6 +39,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--quick", action="store_true")
     arguments.add_argument("--users", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    arguments.add_argument("--days", type=int, default=WorldSettings.days, help="of log, 16 or more")
+    arguments.add_argument("--slate", type=int, default=WorldSettings.slate, help="items shown in a session")
     arguments.add_argument("--folder", type=Path, help="where to work; default: the temporary directory")
     arguments.add_argument("--set", action="append", default=[], help="settings for negrec, key=value")
     options = arguments.parse_args()
@@ -45,19 +48,19 @@ def main() -> None:
         models = Path(folder) / "models"
         for users in [1000] if options.quick else options.users:
             world = Path(folder) / "world"
-            _world(users, world, models, options.set)
+            shown = WorldSettings(users=users, days=options.days, slate=options.slate)
+            _world(shown, world, models, options.set)
             if not models.exists():
                 shutil.move(world / "warehouse" / "models", models)
             shutil.rmtree(world)
 
 
-def _world(users: int, folder: Path, models: Path, settings: list[str]) -> None:
-    shown = WorldSettings(users=users)
+def _world(shown: WorldSettings, folder: Path, models: Path, settings: list[str]) -> None:
     last = shown.start + dt.timedelta(days=shown.days - 1)
     ds, before = (str(last - dt.timedelta(days=days)) for days in (7, 14))
     log, whole = str(folder / "log"), ["--start", str(shown.start), "--end", str(last)]
     commands = {
-        "world": ["world", log, "--users", str(users)],
+        "world": ["world", log, *(f"--{name}={getattr(shown, name)}" for name in ("users", "days", "slate"))],
         "import": ["import", "demo", log],
         f"feedback, {shown.days} days": ["backfill", *whole, "--stages", "feedback"],
         "item_graph, a week before": ["run", "--ds", before, "--stages", "item_graph"],
@@ -70,7 +73,10 @@ def _world(users: int, folder: Path, models: Path, settings: list[str]) -> None:
     commands["daily run"] = ["run", "--ds", ds, *(part for gate in ACCEPTABLE for part in ("--accept", gate))]
     negrec = [sys.executable, "-m", "jobs.cli", "--warehouse", str(folder / "warehouse"), "--config", "demo"]
     negrec += [part for setting in settings for part in ("--set", setting)]
-    table = Table("end_to_end", f"{users:,} users, {shown.items:,} items, {shown.days} days")
+    table = Table(
+        "end_to_end",
+        f"{shown.users:,} users, {shown.items:,} items, {shown.days} days, slates of {shown.slate}",
+    )
     begin, most = time.perf_counter(), _Memory()
     for name, command in commands.items():
         memory, started = _Memory(), time.perf_counter()

@@ -1,26 +1,42 @@
-"""Rollouts and rewards of GRPO: IDs per second beside Hugging Face's constrained generate on the same model.
+"""GRPO beside plain trl and Hugging Face's generate on the same model: whole steps, rollouts, rewards.
 
     python tests/bench/bench_training.py [--quick] [--presets tiny small] [--prompts 32] [--group 8]
 
-Medians of `--rounds` rounds in which they take turns.
+Medians of `--rounds` rounds in which they take turns; of steps, the median of those after the second.
+Plain trl samples any tokens, by `generate` without constraints.
 """
 
 import argparse
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from common import Table, medians
-from transformers import GenerationConfig
+from common import Table, median_of, medians
+from datasets import Dataset
+from transformers import GenerationConfig, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
+from negrec_core.artefacts import Manifest
 from negrec_core.beam.torch_engine import TorchBeamEngine
 from negrec_core.codebook import Codebook
+from negrec_core.config import load_config
+from negrec_core.delta import DeltaStore
 from negrec_core.prompts import Event
+from negrec_core.semantic_ids import SemanticIds
 from negrec_core.trie import Trie
+from train import grpo
 from train.models import build_model, load_prompt_text
 from train.rewards import Reward, Targets
+from train.samples import Samples
+from train.steps import Student, Task, common_arguments
 
 ITEMS, CODES, LATENT = 10_000, 128, 32
+PAST, NEGATIVES, POSITIVES = 30, 60, 30
+STEPS = 10
 
 
 def main() -> None:
@@ -39,8 +55,134 @@ def main() -> None:
     codes = np.unique(rng.integers(CODES, size=(ITEMS, 3)), axis=0).astype(np.int32)
     trie = Trie.build(codes, codebook.code_counts)
     for preset in options.presets:
+        _steps(preset, codebook, codes, options, rng)
         _rollouts(preset, codebook, codes, trie, options, rng)
     _rewards(codebook, codes, rng, options.rounds)
+
+
+def _steps(
+    preset: str,
+    codebook: Codebook,
+    codes: np.ndarray,
+    options: argparse.Namespace,
+    rng: np.random.Generator,
+) -> None:
+    samples = [
+        {
+            "sids": rng.integers(len(codes), size=PAST).tolist(),
+            "disliked": [bool(n % 2) for n in range(PAST)],
+            "time": list(range(PAST)),
+            "anchor": PAST,
+            "negatives": rng.integers(len(codes), size=NEGATIVES).tolist(),
+            "positives": rng.integers(len(codes), size=POSITIVES).tolist(),
+        }
+        for _ in range(4 * options.prompts)
+    ]
+    config = load_config(
+        [],
+        (
+            f"generator.grpo.stages=[{{context: both, kl: 0.02, steps: {STEPS}}}]",
+            f"generator.grpo.prompts={options.prompts}",
+            f"generator.grpo.group_size={options.group}",
+            "generator.grpo.rollouts=independent",
+        ),
+        {},
+    )
+    seconds, tokens = {}, 0
+    for name in ("negrec", "plain trl"):
+        student = Student(*build_model(preset, load_prompt_text("plain"), codebook, 128, 0), "")
+        blocks = student.prompt.blocks(codes)
+        prompts = [student.prompt.write(grpo.past(row, "both", 1), blocks)[0] for row in samples]
+        tokens = options.prompts * options.group * (len(prompts[0]) + codes.shape[1])
+        clock = _Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            # Neither a store nor a version of the codebook is looked at.
+            task = Task(
+                DeltaStore(folder),
+                config,
+                "2026-01-01",
+                0,
+                codebook,
+                Manifest("codebook", "bench", "", "", {}, {}, {}, {}),
+                SemanticIds([], codes, {}),
+                clock,
+            )
+            rows = Samples(Dataset.from_list(samples), {})
+            if name == "negrec":
+                grpo.fit(task, student, rows, Path(folder))
+            else:
+                _plain_trl(task, student, prompts, clock, Path(folder))
+        seconds[name] = clock.step()
+    table = Table(
+        "training",
+        f"GRPO step, {preset} ({student.model.num_parameters() / 1e6:.1f}M), {options.prompts} prompts of"
+        f" {len(prompts[0])} tokens, groups of {options.group}",
+    )
+    for name, took in seconds.items():
+        ratio = f"{seconds['plain trl'] / took:.1f} times plain trl"
+        table.add(name, f"{tokens / took:,.0f} tokens/s", ratio)
+    table.print()
+
+
+class _Clock:
+    """When each step ended; is told as a training's progress is."""
+
+    def __init__(self) -> None:
+        self._ends: list[float] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        self._ends.append(time.perf_counter())
+
+    def step(self) -> float:
+        """Seconds of a step."""
+        return median_of(np.diff(self._ends)[1:].tolist())
+
+
+def _plain_trl(task: Task, student: Student, prompts: list[list[int]], clock: _Clock, work: Path) -> None:
+    """The stock trainer with the settings of ours and the same rewards, 0 for what is no item."""
+    settings, tokenizer = task.config.generator.grpo, student.tokenizer
+    texts = tokenizer.batch_decode(prompts)
+    assert tokenizer(texts)["input_ids"] == prompts
+    rng, first = np.random.default_rng(0), np.asarray(student.prompt.vocabulary.first_token)
+    targets = [
+        Targets.of([rng.integers(len(task.ids.codes), size=size).tolist() for _ in prompts])
+        for size in (NEGATIVES, POSITIVES)
+    ]
+    reward = Reward(settings.scheme, settings.gamma, task.codebook, task.ids.codes, *targets)
+
+    def rewarded(completion_ids: list[list[int]], sample: list[int], **_: Any) -> list[float]:
+        codes = np.asarray(completion_ids) - first
+        inside = ((codes >= 0) & (codes < CODES)).all(1)
+        legal = np.flatnonzero(inside)[task.trie.contains(codes[inside])]
+        out = np.zeros(len(codes))
+        out[legal] = reward(codes[legal], np.asarray(sample)[legal])
+        return list(map(float, out))
+
+    class Tell(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock(state.global_step, state.max_steps)
+
+    order = rng.integers(len(prompts), size=STEPS * settings.prompts).tolist()
+    GRPOTrainer(
+        model=student.model,
+        reward_funcs=[rewarded],
+        args=GRPOConfig(
+            **common_arguments(task, work),
+            num_train_epochs=1,
+            per_device_train_batch_size=settings.prompts * settings.group_size,
+            num_generations=settings.group_size,
+            max_completion_length=task.trie.depth,
+            generation_kwargs={"min_new_tokens": task.trie.depth},
+            learning_rate=settings.learning_rate,
+            beta=settings.stages[0].kl,
+            loss_type="grpo",
+            temperature=1.0,
+            shuffle_dataset=False,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [texts[n] for n in order], "sample": order}),
+        processing_class=tokenizer,
+        callbacks=[Tell()],
+    ).train()
 
 
 def _rollouts(
@@ -55,7 +197,7 @@ def _rollouts(
     blocks = prompt.blocks(codes)
     prompts = [
         prompt.write(
-            [Event(n, bool(n % 2), int(sid)) for n, sid in enumerate(rng.integers(len(codes), size=30))],
+            [Event(n, bool(n % 2), int(sid)) for n, sid in enumerate(rng.integers(len(codes), size=PAST))],
             blocks,
         )[0]
         for _ in range(options.prompts)
@@ -103,7 +245,7 @@ def _rewards(codebook: Codebook, codes: np.ndarray, rng: np.random.Generator, ro
     batch, samples = 512, 64
     negatives, positives = (
         Targets.of([rng.integers(len(codes), size=size).tolist() for _ in range(samples)])
-        for size in (60, 30)
+        for size in (NEGATIVES, POSITIVES)
     )
     generated, owner = (
         codes[rng.integers(len(codes), size=batch)],
@@ -129,7 +271,9 @@ def _rewards(codebook: Codebook, codes: np.ndarray, rng: np.random.Generator, ro
         f"scheme {s}": lambda r=r: r(generated, owner) for s, r in rewards.items()
     }
     seconds = medians({**work, "loop over targets (c)": loop}, rounds)
-    table = Table("training", f"reward of {batch} completions, 60 negatives and 30 positives each")
+    table = Table(
+        "training", f"reward of {batch} completions, {NEGATIVES} negatives and {POSITIVES} positives each"
+    )
     for name, took in seconds.items():
         table.add(
             name, f"{1000 * took:.2f} ms", f"{seconds['loop over targets (c)'] / took:.1f} times the loop"
