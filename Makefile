@@ -39,8 +39,10 @@ help:
 demo: java setup
 	@$(BIN)/negrec demo
 
+# Two workers, each with whole files: most tests keep little more than one core busy, and a file shares its
+# Spark session and its warehouse.
 test: java lint duckdb
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 soak: java setup
 	$(BIN)/python -m pytest -k 'killed or under_load' --kills $(or $(KILLS),200) --list-users 1000000

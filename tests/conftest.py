@@ -25,6 +25,10 @@ os.environ.update(
     PYSPARK_DRIVER_PYTHON=sys.executable,
 )
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers share the cores instead of each taking all.
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 # Two cores under load make any deadline a coin toss. In CI the examples are the same every time.
 settings.register_profile("negrec", deadline=None, derandomize="CI" in os.environ)
