@@ -10,6 +10,7 @@ Needs no Spark and no torch.
 import contextlib
 import dataclasses
 import datetime as dt
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ class BlockList:
         if np.count_nonzero(keep) < least:
             keep[:] = False
             keep[np.argsort(scores, kind="stable")[:least]] = True
-        return [item for item, kept in zip(item_ids, keep.tolist(), strict=True) if kept]
+        return list(itertools.compress(item_ids, keep.tolist()))
 
     def why(self, user_id: str, item_id: str) -> Why:
         """What the score of one item rests on."""
@@ -172,7 +173,7 @@ class BlockList:
         listed = span.stop > span.start
         rank = because = reason = None
         if listed:
-            unit = snapshot.catalogue.unit[snapshot.items.get(item_id, -1)]
+            unit = snapshot.catalogue.unit[snapshot.items.rows([item_id])[0]]
             cosine = snapshot.entry_units(span) @ unit
             nearest = span.start + int(cosine.argmax())
             rank = int(snapshot.ranks[nearest])

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from deltalake.exceptions import DeltaError
 
 from negrec_core.block_score import FEATURES, BlockScore, Items, Tally, features
@@ -28,7 +28,7 @@ from negrec_core.generator import CODEBOOK, open_codebook
 from negrec_core.items import load_categories, load_item_tastes
 from negrec_core.semantic_ids import load_semantic_ids
 from negrec_core.storage import Place, parquet_file, store_problem
-from negrec_core.string_index import StringIndex
+from negrec_core.string_index import NameTable, StringIndex
 
 log = logging.getLogger("negrec")
 
@@ -41,7 +41,7 @@ _INPUTS = (
     "user_taste",
     "item",
 )
-_STRINGS = pa.dictionary(pa.int32(), pa.string())
+_ENTRY_STRINGS = ("user_id", "because_item_id", "reason_class")
 _Value = TypeVar("_Value")
 _Result = TypeVar("_Result")
 
@@ -106,7 +106,7 @@ class Snapshot:
         log_probs: float32 [entries].
         because: nearest past dislike of each entry, strings, as dictionaries.
         reasons: reason class of each entry, the same.
-        items: item id -> row of `catalogue` and `item_log_odds`.
+        items: item id -> row of `catalogue` and `item_log_odds`; -1, the last, if it is not known.
         catalogue: items + 1; the last is one of which nothing is known.
         item_log_odds: float64 [items + 1]; the last is the prior.
     """
@@ -127,15 +127,19 @@ class Snapshot:
     log_probs: np.ndarray
     because: pa.ChunkedArray
     reasons: pa.ChunkedArray
-    items: dict[str, int]
+    items: NameTable
     catalogue: Items
     item_log_odds: np.ndarray
 
     def features(self, user_id: str, item_ids: Sequence[str]) -> np.ndarray:
         """Block-score features [n, F] of items for a user."""
-        rows = np.fromiter(map(self.items.get, item_ids, repeat(-1)), np.intp, len(item_ids))
-        span = self.span(user_id)
-        user = self._row_of(user_id)
+        rows = self.items.rows(item_ids)
+        user = self.users.get(user_id, -1)
+        span = slice(0, 0)
+        if user >= 0:
+            span = self._entries_of(user)
+        else:
+            user = self.others.get(user_id, len(self.user_log_odds) - 1)
         return features(
             self.catalogue.take(rows),
             self.entry_units(span),
@@ -150,17 +154,15 @@ class Snapshot:
 
     def span(self, user_id: str) -> slice:
         """Where the entries of a user are; empty for a user without any."""
-        row = self.users.get(user_id)
-        return slice(0, 0) if row is None else slice(*self.starts[row : row + 2].tolist())
+        row = self.users.get(user_id, -1)
+        return self._entries_of(row) if row >= 0 else slice(0, 0)
 
     def entry_units(self, span: slice) -> np.ndarray:
         """Unit embeddings of the predicted IDs of some entries, float32 [n, dim]."""
         return self.codebook.unit(self.codes[span])
 
-    def _row_of(self, user_id: str) -> int:
-        """Row of a user; that of a user of whom nothing is known is the last."""
-        row = self.users.get(user_id)
-        return self.others.get(user_id, len(self.user_log_odds) - 1) if row is None else row
+    def _entries_of(self, row: int) -> slice:
+        return slice(int(self.starts[row]), int(self.starts[row + 1]))
 
 
 def newest_list(store: DeltaStore, today: dt.date) -> Published:
@@ -292,25 +294,23 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
             f"block list ds={ds}: codebook {models[CODEBOOK]} is not the one of its IDs ({error});"
             " restore that codebook"
         ) from None
+    users = StringIndex(entries.users)
     categories = load_categories(store, ds, ids.items, inputs["item"])
     others, user_log_odds, tallies = _contexts(
-        store.files("user_context", [ds], inputs["user_context"]),
-        entries.users,
-        categories.numbers,
-        score,
+        store.files("user_context", [ds], inputs["user_context"]), users, categories.numbers, score
     )
     item_tastes = load_item_tastes(store, ds, ids.items, inputs["item_taste"], prior)
     catalogue = Items(item_unit, categories.of_items, item_tastes).with_unknown(prior)
     width = item_unit.shape[1] + item_tastes.shape[1]
-    tastes = _tastes(store.files("user_taste", [ds], inputs["user_taste"]), [entries.users, others], width)
+    tastes = _tastes(store.files("user_taste", [ds], inputs["user_taste"]), users, others, width)
     return Snapshot(
         ds=ds,
         revision=found.revision,
         expires_on=found.expires_on,
         score=score,
         codebook=codebook,
-        users=StringIndex(entries.users),
-        others=StringIndex(others, len(entries.users)),
+        users=users,
+        others=others,
         starts=entries.starts,
         user_log_odds=user_log_odds,
         tallies=tallies,
@@ -320,7 +320,7 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         log_probs=entries.log_probs,
         because=entries.because,
         reasons=entries.reasons,
-        items=ids.index,
+        items=NameTable(ids.items),
         catalogue=catalogue,
         item_log_odds=np.array([*(log_odds.get(item, prior) for item in ids.items), prior]),
     )
@@ -345,59 +345,69 @@ class _Entries:
 
 def _read_entries(files: Sequence[str], codebook: Codebook) -> _Entries:
     """All entries, by user and rank; InputError for an ID that the codebook does not have."""
-    parts = _in_parallel(lambda file: _entries_of_file(file, codebook), files)
-    runs = pa.concat_arrays([part.users for part in parts]).dictionary_encode()
-    lengths = np.concatenate([np.diff(part.starts) for part in parts])
+    footers = _in_parallel(lambda file: parquet_file(file).metadata, files)
+    ends = np.cumsum([footer.num_rows for footer in footers], dtype=np.int64)
+    n = int(ends[-1]) if len(ends) else 0
+    codes = np.empty((n, codebook.levels), np.min_scalar_type(max(codebook.code_counts) - 1))
+    ranks, log_probs = np.empty(n, np.int32), np.empty(n, np.float32)
+
+    def fill(file: str, footer: pq.FileMetaData, end: int) -> tuple[pa.Array, np.ndarray, pa.Table]:
+        """Users, one for every run of rows, lengths of the runs, and the strings."""
+        columns = [*_ENTRY_STRINGS, "codes", "rank", "log_prob"]
+        rows = _read(file, columns, _ENTRY_STRINGS, footer)
+        here = slice(end - len(rows), end)
+        codes[here] = _codes_of(rows["codes"].combine_chunks(), codebook)
+        ranks[here] = rows["rank"]
+        log_probs[here] = rows["log_prob"]
+        users = rows["user_id"].unify_dictionaries().combine_chunks()
+        row = users.indices.to_numpy()
+        first = np.flatnonzero(np.diff(row, prepend=-1))
+        return (
+            users.dictionary.take(pa.array(row[first])),
+            np.diff(first, append=len(row)),
+            rows.select(["because_item_id", "reason_class"]),
+        )
+
+    parts = _in_parallel(lambda part: fill(*part), list(zip(files, footers, ends.tolist(), strict=True)))
+    runs = pa.concat_arrays([users for users, _, _ in parts]).dictionary_encode()
+    lengths = np.concatenate([lengths for _, lengths, _ in parts])
+    strings = pa.concat_tables([table for _, _, table in parts])
     whole = _Entries(
         runs.dictionary,
         _starts(lengths),
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.ranks for part in parts]),
-        np.concatenate([part.log_probs for part in parts]),
-        pa.chunked_array([chunk for part in parts for chunk in part.because.chunks], _STRINGS),
-        pa.chunked_array([chunk for part in parts for chunk in part.reasons.chunks], _STRINGS),
+        codes,
+        ranks,
+        log_probs,
+        strings["because_item_id"],
+        strings["reason_class"],
     )
-    rising = whole.ranks[1:] > whole.ranks[:-1]
+    rising = ranks[1:] > ranks[:-1]
     rising[whole.starts[1:-1] - 1] = True  # from one user to the next
     if len(runs.dictionary) == len(runs) and rising.all():
         return whole  # as published it is in order
     row = np.repeat(runs.indices.to_numpy(), lengths)
-    order = np.lexsort((whole.ranks, row))
+    order = np.lexsort((ranks, row))
     taken = pa.array(order)
     return _Entries(
         whole.users,
         _starts(np.bincount(row)),
-        whole.codes[order],
-        whole.ranks[order],
-        whole.log_probs[order],
+        codes[order],
+        ranks[order],
+        log_probs[order],
         whole.because.unify_dictionaries().take(taken),
         whole.reasons.unify_dictionaries().take(taken),
     )
 
 
-def _entries_of_file(file: str, codebook: Codebook) -> _Entries:
-    """Entries as they lie in a file; a user occurs once for every run of rows."""
-    strings = ("user_id", "because_item_id", "reason_class")
-    rows = _read(file, [*strings, "codes", "rank", "log_prob"], strings)
-    users = rows["user_id"].unify_dictionaries().combine_chunks()
-    row = users.indices.to_numpy()
-    first = np.flatnonzero(np.diff(row, prepend=-1))
-    lists = rows["codes"].combine_chunks()
+def _codes_of(lists: pa.ListArray, codebook: Codebook) -> np.ndarray:
+    """Codes int32 [n, D]; InputError for those that the codebook does not have."""
     if not (pc.list_value_length(lists).to_numpy(zero_copy_only=False) == codebook.levels).all():
         raise InputError(f"IDs of other lengths where it has {codebook.levels} levels")
-    codes = pc.list_flatten(lists).to_numpy().reshape(-1, codebook.levels)
+    codes: np.ndarray = pc.list_flatten(lists).to_numpy().reshape(-1, codebook.levels)
     largest = [codes[:, level].max(initial=0) for level in range(codebook.levels)]
     if codes.min(initial=0) < 0 or (np.array(largest) >= codebook.code_counts).any():
         check_codes(codes, codebook.code_counts)  # names the row; too slow for all lists
-    return _Entries(
-        users.dictionary.take(pa.array(row[first])),
-        np.append(first, len(row)),
-        codes.astype(np.min_scalar_type(max(codebook.code_counts) - 1)),
-        rows["rank"].to_numpy(),
-        rows["log_prob"].to_numpy(),
-        rows["because_item_id"],
-        rows["reason_class"],
-    )
+    return codes
 
 
 def _in_parallel(make: Callable[[_Value], _Result], values: Sequence[_Value]) -> list[_Result]:
@@ -406,18 +416,23 @@ def _in_parallel(make: Callable[[_Value], _Result], values: Sequence[_Value]) ->
         return list(pool.map(make, values))
 
 
-def _read(file: str, columns: Sequence[str], as_dictionaries: Sequence[str] = ()) -> pa.Table:
+def _read(
+    file: str,
+    columns: Sequence[str],
+    as_dictionaries: Sequence[str] = (),
+    footer: pq.FileMetaData | None = None,
+) -> pa.Table:
     """Columns of a data file (a path for a part of one), some strings as dictionaries."""
-    opened = parquet_file(file, read_dictionary=list(as_dictionaries))
+    opened = parquet_file(file, read_dictionary=list(as_dictionaries), metadata=footer)
     return opened.read(columns=list(columns), use_threads=False)
 
 
 def _contexts(
     files: Sequence[str],
-    listed: pa.StringArray,
+    listed: StringIndex,
     category_numbers: dict[str, tuple[int, int]],
     score: BlockScore,
-) -> tuple[pa.StringArray, np.ndarray, Tallies]:
+) -> tuple[StringIndex, np.ndarray, Tallies]:
     """What `user_context` knows: other users than the listed; log odds and tallies of all.
 
     Rows are those of `Snapshot`: the listed users, the others, and one for a user who is not known.
@@ -428,46 +443,57 @@ def _contexts(
     if not sum(part.num_rows for part in parts):
         starts, empty = np.zeros(len(listed) + 2, np.int64), np.zeros(0, np.int32)
         no_tally = Tallies(starts, np.zeros((0, 2), np.int32), empty, empty)
-        return listed[:0], np.full(len(listed) + 1, score.prior_log_odds), no_tally
+        nobody = StringIndex(pa.array([], pa.string()), len(listed))
+        return nobody, np.full(len(listed) + 1, score.prior_log_odds), no_tally
     contexts = pa.concat_tables(parts)
     users = contexts["user_id"]
-    row = pc.index_in(listed, users).fill_null(-1).to_numpy()
-    other = np.ones(len(users), bool)
-    other[row[row >= 0]] = False
-    # The last is where nobody is.
-    order = np.concatenate([row, np.flatnonzero(other), [-1]])
+    row = _rows_of(users, [listed])
+    others = StringIndex(users.filter(pa.array(row < 0)).combine_chunks(), len(listed))
+    # Where the context of each row is; that of a listed user may be missing, and the last is nobody's.
+    order = np.full(len(listed) + len(others) + 1, -1)
+    order[row[row >= 0]] = np.flatnonzero(row >= 0)
+    order[len(listed) : -1] = np.flatnonzero(row < 0)
     counts = []
     for name in ("n_negatives", "n_positives"):
         count = contexts[name].fill_null(0).to_numpy()
         counts.append(np.where(order >= 0, count[order], 0))
-    return (
-        users.filter(pa.array(other)).combine_chunks(),
-        score.user_log_odds(*counts),
-        _tallies(contexts["categories"], category_numbers, order),
-    )
+    tallies = _tallies(contexts["categories"], category_numbers, order)
+    return others, score.user_log_odds(*counts), tallies
 
 
-def _tastes(files: Sequence[str], users: Sequence[pa.StringArray], width: int) -> np.ndarray:
-    """Weights of users, one group after another, and of one who is not known: float32 [n, width].
+def _tastes(files: Sequence[str], listed: StringIndex, others: StringIndex, width: int) -> np.ndarray:
+    """Weights of users, the listed, then the others, and of one who is not known: float32 [n, width].
 
     Raises:
         ArtefactError: weights of another width.
     """
-    parts = [
-        part for part in _in_parallel(lambda file: _read(file, ["user_id", "weights"]), files) if len(part)
-    ]
-    out = np.zeros((sum(map(len, users)) + 1, width), np.float32)
-    if not parts:
-        return out
-    rows = pa.concat_tables(parts)
-    weights = np.concatenate([pc.list_flatten(chunk).to_numpy() for chunk in rows["weights"].chunks])
-    if len(weights) != len(rows) * width:
-        raise ArtefactError(
-            f"table user_taste: weights of {len(weights) // len(rows)} numbers where its items have"
-            f" {width}; run the stage user_taste again with --force"
-        )
-    place = pc.index_in(pa.chunked_array(users), rows["user_id"]).fill_null(-1).to_numpy()
-    out[:-1][place >= 0] = weights.reshape(-1, width)[place[place >= 0]]
+    out = np.zeros((len(listed) + len(others) + 1, width), np.float32)
+
+    def fill(file: str) -> None:
+        rows = _read(file, ["user_id", "weights"])
+        if not len(rows):
+            return
+        weights = np.concatenate([pc.list_flatten(chunk).to_numpy() for chunk in rows["weights"].chunks])
+        if len(weights) != len(rows) * width:
+            raise ArtefactError(
+                f"table user_taste: weights of {len(weights) // len(rows)} numbers where its items have"
+                f" {width}; run the stage user_taste again with --force"
+            )
+        place = _rows_of(rows["user_id"], [listed, others])
+        known = place >= 0
+        out[place[known]] = weights.reshape(-1, width)[known]
+
+    _in_parallel(fill, files)
+    return out
+
+
+def _rows_of(users: pa.ChunkedArray, indices: Sequence[StringIndex]) -> np.ndarray:
+    """The number of each user in the index that has it, -1 for one in none: int64 [n]."""
+    out = np.full(len(users), -1)
+    for index in indices:
+        left = np.flatnonzero(out < 0)
+        if len(left):
+            out[left] = index.numbers_of(users if len(left) == len(users) else users.take(pa.array(left)))
     return out
 
 
@@ -480,16 +506,16 @@ def _tallies(lists: pa.ChunkedArray, numbers: dict[str, tuple[int, int]], order:
         of_path = np.array(
             [numbers.get(path, (-1, -1)) for path in paths.dictionary.to_pylist()], np.int32
         ).reshape(-1, 2)
-        categories.append(of_path[paths.indices.to_numpy()])
+        categories.append(of_path.take(paths.indices.to_numpy(), axis=0))
         negatives.append(pc.struct_field(counts, "n_negatives").to_numpy())
         positives.append(pc.struct_field(counts, "n_positives").to_numpy())
-    starts, place = _reordered(_list_starts(lists), order)
-    return Tallies(
-        starts,
-        np.concatenate(categories)[place],
-        np.concatenate(negatives)[place],
-        np.concatenate(positives)[place],
-    )
+    columns = [np.concatenate(parts) for parts in (categories, negatives, positives)]
+    starts = _list_starts(lists)
+    if np.array_equal(order[:-1], np.arange(len(lists))):
+        # As tables are published, users are in the same order in all.
+        return Tallies(np.append(starts, starts[-1]), *columns)
+    starts, place = _reordered(starts, order)
+    return Tallies(starts, *(column.take(place, axis=0) for column in columns))
 
 
 def _list_starts(lists: pa.ChunkedArray) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Millions of names in arrays: a mapping from string to number without a Python object for each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 _WORD = 8
 _BITS = (1 << 64) - 1
@@ -23,10 +24,7 @@ class StringIndex(Mapping[str, int]):
         """Index an Arrow array of distinct strings without nulls."""
         self._names = names.cast(pa.large_string())
         self._first = first
-        _, offsets, data = self._names.buffers()
-        n, skipped = len(self._names), self._names.offset
-        self._offsets = np.frombuffer(offsets or bytes(_WORD), np.int64)[skipped : skipped + n + 1]
-        self._data = memoryview(data or b"").cast("B")
+        self._offsets, self._data = _parts(self._names)
         hashes = _hashes(self._offsets, self._data)
         self._order = np.argsort(hashes).astype(np.int32)
         self._hashes = hashes[self._order]
@@ -51,6 +49,32 @@ class StringIndex(Mapping[str, int]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def numbers_of(self, names: pa.ChunkedArray) -> np.ndarray:
+        """The number of each of many strings, -1 for one that has none: int64 [n].
+
+        Quickest where a chunk holds strings of the index in its order without gaps.
+        """
+        return np.concatenate([np.zeros(0, np.int64), *map(self._numbers_of, names.chunks)])
+
+    def _numbers_of(self, names: pa.Array) -> np.ndarray:
+        out = np.full(len(names), -1, np.int64)
+        if not len(names) or not len(self):
+            return out
+        names = names.cast(pa.large_string())
+        start = self._find(names[0].as_py())
+        if start >= 0 and self._names.slice(start - self._first, len(names)).equals(names):
+            return np.arange(start, start + len(names))
+        hashes = _hashes(*_parts(names))
+        place = np.minimum(self._hashes.searchsorted(hashes), len(self) - 1)
+        there = np.flatnonzero(self._hashes[place] == hashes)
+        number = self._order[place[there]]
+        out[there] = number.astype(np.int64) + self._first
+        same = pc.equal(self._names.take(pa.array(number)), names.take(pa.array(there)))
+        # Two strings with one hash: of these the first was looked at.
+        for row in there[~same.to_numpy(zero_copy_only=False)]:
+            out[row] = self._find(names[row].as_py())
+        return out
+
     def _find(self, name: str) -> int:
         text = name.encode("utf-8", "surrogatepass")
         wanted = _hash(text)
@@ -61,6 +85,56 @@ class StringIndex(Mapping[str, int]):
                 return self._first + number
             place += 1
         return -1
+
+
+class NameTable:
+    """Distinct strings -> 0, 1, ... in their order, hundreds at a time; never changed.
+
+    A dict waits for memory three times for each string; here the strings of a page are looked up together.
+    They are told apart by Python's 64-bit hash alone, which is keyed anew in every process: a string that is
+    not in a table of n is taken for one of them with a chance of n / 2**64.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """A table of distinct strings."""
+        # At most a quarter full, so that most are found at their first place.
+        self._mask = (1 << (4 * len(names)).bit_length()) - 1
+        # Each place holds a hash and a number, side by side in memory; -1 where it is free.
+        self._places = np.full((self._mask + 1, 2), -1, np.int64)
+        hashes, left = _keyed_hashes(names), np.arange(len(names))
+        place = hashes & self._mask
+        while len(left):
+            free = self._places[place, 1] < 0
+            self._places[place[free], 1] = left[free]  # of several that want a place the last has it
+            here = self._places[place, 1] == left
+            self._places[place[here], 0] = hashes[left[here]]
+            left, place = left[~here], (place[~here] + 1) & self._mask
+
+    def rows(self, names: Sequence[str]) -> np.ndarray:
+        """The number of each string, -1 for one that is not in the table: int64 [n]."""
+        hashes = _keyed_hashes(names)
+        place = hashes & self._mask
+        found = self._places.take(place, axis=0)
+        out = found[:, 1]
+        # Another string has the place: look at the next one.
+        wrong = np.flatnonzero((found[:, 0] != hashes) & (out >= 0))
+        while len(wrong):
+            place[wrong] = (place[wrong] + 1) & self._mask
+            found = self._places[place[wrong]]
+            out[wrong] = found[:, 1]
+            wrong = wrong[(found[:, 0] != hashes[wrong]) & (found[:, 1] >= 0)]
+        return out
+
+
+def _keyed_hashes(names: Sequence[str]) -> np.ndarray:
+    return np.fromiter(map(hash, names), np.int64, len(names))
+
+
+def _parts(names: pa.LargeStringArray) -> tuple[np.ndarray, memoryview]:
+    """Where each string starts and ends in the text of all, int64 [n + 1], and that text."""
+    _, offsets, data = names.buffers()
+    starts = np.frombuffer(offsets or bytes(_WORD), np.int64)[names.offset : names.offset + len(names) + 1]
+    return starts, memoryview(data or b"").cast("B")
 
 
 def _hash(text: bytes) -> int:
