@@ -5,6 +5,7 @@ keys (DESIGN section 9, rule 4).
 """
 
 import json
+import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -39,8 +40,8 @@ def checked_files(declared: Table, run: Place, days: Collection[str]) -> list[Ad
     by_partition: dict[str, list[Place]] = {}
     for file in files:
         by_partition.setdefault(str(below(file, run).parent), []).append(file)
-    for partition, group in by_partition.items():
-        _check_keys(declared, partition, group)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda part: _check_keys(declared, *part), by_partition.items()))
     return adds
 
 
