@@ -96,6 +96,9 @@ def _steps(
         tokens = options.prompts * options.group * (len(prompts[0]) + codes.shape[1])
         clock = _Clock()
         with tempfile.TemporaryDirectory() as folder:
+            # From disk, where the trainer looks for its reference.
+            student.save(Path(folder) / "begin")
+            student = Student.open(Path(folder) / "begin", "")
             # Neither a store nor a version of the codebook is looked at.
             task = Task(
                 DeltaStore(folder),
