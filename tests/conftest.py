@@ -30,6 +30,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+# A width in the environment is read once, when consoles are made; tests set their own.
+os.environ.pop("COLUMNS", None)
+
 # Two cores under load make any deadline a coin toss. In CI the examples are the same every time.
 settings.register_profile("negrec", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("negrec")

@@ -20,6 +20,7 @@ import numpy as np
 import pyspark
 import pytest
 import torch
+from java_classes import java_options
 from warehouses import (
     DS,
     PLAIN_SCORE,
@@ -64,6 +65,9 @@ def spark_submit(
 ) -> "subprocess.Popen[bytes]":
     """Start `spark-submit jobs/daily.py` on a warehouse; `log_of` says what it writes."""
     submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
+    properties = {
+        f"spark.{who}.extraJavaOptions": java_options() for who in ("driver", "executor")
+    } | properties
     conf = [part for name, value in properties.items() for part in ("--conf", f"{name}={value}")]
     job = [jobs.daily.__file__, "--warehouse", str(root), *RUN, *options]
     outside = {n: v for n, v in os.environ.items() if n not in ("PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON")}
@@ -227,6 +231,7 @@ def cluster(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "SPARK_HOME": str(home),
         "SPARK_LOCAL_IP": "127.0.0.1",
         "SPARK_DAEMON_MEMORY": "256m",
+        "SPARK_DAEMON_JAVA_OPTS": java_options(),
         "SPARK_LOCAL_DIRS": str(folder / "local"),
     }
     daemons = []

@@ -5,6 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from java_classes import java_options
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.context import spark_schema
@@ -21,7 +22,8 @@ def spark() -> Iterator[SparkSession]:
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     }
     plain = load_config().spark
-    settings = plain.model_copy(update={"driver_memory": "1g", "conf": interpreted})
+    update = {"driver_memory": "1g", "driver_java_options": java_options(), "conf": interpreted}
+    settings = plain.model_copy(update=update)
     session = open_session(settings, "UTC", progress=False)
     yield session
     session.stop()

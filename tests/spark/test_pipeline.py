@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyspark
 import pytest
 from disks import SmallDisk
+from java_classes import java_options
 from object_stores import ObjectStore
 from other_readers import plain_rows, read_by_duckdb, read_by_log
 from pyspark.sql import SparkSession
@@ -331,21 +332,14 @@ def test_force_makes_a_second_revision_of_the_same_rows(fork: Site) -> None:
 
 
 @pytest.fixture(scope="module")
-def class_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first JVM that makes a day leaves the classes that it loaded, so that others start fast."""
-    return tmp_path_factory.mktemp("jvm") / "classes.jsa"
-
-
-@pytest.fixture(scope="module")
-def next_day(site: Site, class_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+def next_day(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The site with the next day's tables too, which spark-submit has made undisturbed."""
     fork = site.fork(tmp_path_factory.mktemp("next_day") / "warehouse")
     submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
     job = Path(jobs.daily.__file__)
     options = ["--warehouse", str(fork.root), *OPTIONS, *MAKE_NEXT_DAY]
-    java = f"{site.config.spark.driver_java_options} -Xlog:disable -XX:ArchiveClassesAtExit={class_archive}"
     done = subprocess.run(
-        [str(submit), "--master", "local[1]", "--driver-java-options", java, str(job), *options],
+        [str(submit), "--master", "local[1]", "--driver-java-options", java_options(), str(job), *options],
         env={**os.environ, "PYSPARK_PYTHON": sys.executable},
         capture_output=True,
         text=True,
@@ -362,15 +356,14 @@ def test_spark_submit_makes_the_list_of_the_next_day(next_day: Site) -> None:
     assert listed
 
 
-def make_day(root: Path, folder: Path, classes: Path, *death: object) -> bool:
+def make_day(root: Path, folder: Path, *death: object) -> bool:
     """`negrec run` in a process of its own that kills itself as `death` says; see killed_driver.py.
 
     Returns:
         Whether it was killed; else it came to its end.
     """
-    java = f"{load_config().spark.driver_java_options} -Xlog:disable -XX:SharedArchiveFile={classes}"
     quick = (
-        f"spark.driver_java_options={java}",
+        f"spark.driver_java_options={java_options()}",
         "spark.driver_memory=1g",
         # One core, so that one worker alone imports torch.
         "spark.master=local[1]",
@@ -409,19 +402,19 @@ def deaths(seed: str) -> Iterator[tuple[int, float, str]]:
 
 
 def test_drivers_killed_again_and_again_make_the_day_as_if_undisturbed(
-    site: Site, next_day: Site, class_archive: Path, tmp_path: Path, kills: int
+    site: Site, next_day: Site, tmp_path: Path, kills: int
 ) -> None:
     # Two at once: a driver that starts has work for little more than one core.
     with ThreadPoolExecutor(2) as pool:
         chains = [
-            pool.submit(make_days, share, site, next_day, class_archive, tmp_path / f"chain {share} {n}")
+            pool.submit(make_days, share, site, next_day, tmp_path / f"chain {share} {n}")
             for n, share in enumerate([kills // 2, kills - kills // 2])
         ]
         for chain in chains:
             chain.result()
 
 
-def make_days(kills: int, site: Site, next_day: Site, classes: Path, folder: Path) -> None:
+def make_days(kills: int, site: Site, next_day: Site, folder: Path) -> None:
     """Make the next day in one warehouse after another, until so many drivers were killed."""
     folder.mkdir()
     today = dt.date.fromisoformat(NEXT_DAY)
@@ -432,7 +425,7 @@ def make_days(kills: int, site: Site, next_day: Site, classes: Path, folder: Pat
         days += 1
         root = folder / f"day {days}"
         store = site.fork(root).open().store
-        while make_day(root, folder, classes, *(next(drawn) if killed < kills else let_alone)):
+        while make_day(root, folder, *(next(drawn) if killed < kills else let_alone)):
             killed += 1
             done = store.revision("block_list", NEXT_DAY)
             assert BlockList.open(root, today=today).snapshot.ds == (NEXT_DAY if done else DS)
