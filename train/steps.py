@@ -22,6 +22,7 @@ from negrec_core.codebook import Codebook
 from negrec_core.config import Config
 from negrec_core.delta import DeltaStore
 from negrec_core.errors import MissingError
+from negrec_core.memory import keep_freed_memory
 from negrec_core.progress import Progress
 from negrec_core.prompts import PromptWriter
 from negrec_core.semantic_ids import SemanticIds
@@ -151,6 +152,7 @@ def common_arguments(task: Task, work: Path) -> dict[str, Any]:
 
 def train(trainer: Any, task: Task, work: Path) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Run a trainer to its end, from its last checkpoint if it was killed; its model and its log."""
+    keep_freed_memory()
     trainer.remove_callback(PrinterCallback)
     if processes().is_main_process:
         trainer.add_callback(_Report(task.progress))

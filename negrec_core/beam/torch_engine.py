@@ -8,11 +8,13 @@ level at hand, and scores are gathered for legal codes only.
 
 import copy
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +33,12 @@ from negrec_core.beam import (
     check_vocabulary,
 )
 from negrec_core.errors import ConfigError
+from negrec_core.memory import keep_freed_memory
 from negrec_core.trie import Trie
 
+# Threads that compute a batch each; Python's lock lets no more of them work at once.
+_MOST_THREADS = 8
+_FEWEST_TOKENS = 512  # of a batch, as long as there are more: smaller ones take longer per token
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -98,6 +104,7 @@ class TorchBeamEngine:
                 " merge adapters first or use the vllm engine"
             )
         check_vocabulary(vocabulary, head.out_features)
+        keep_freed_memory()
         self._model = model
         self._vocabulary = vocabulary
         self._vocab_size = head.out_features
@@ -106,18 +113,13 @@ class TorchBeamEngine:
         self._device_trie: _DeviceTrie | None = None
 
     @property
-    def _batch_tokens(self) -> int:
-        """On a CPU what a layer makes of a batch should fit its cache."""
-        return self._max_batch_tokens or (4_096 if self._model.device.type == "cpu" else 16_384)
-
-    @property
     def block_size(self) -> int:
         """1: a prompt is computed once, whatever its length."""
         return 1
 
     def search(self, prompts: Prompts, trie: Trie, beam_width: int) -> BeamResult:
         """See `negrec_core.beam.BeamEngine.search`."""
-        return best_first(trie, *self._decode(prompts, trie, beam_width, _best))
+        return best_first(trie, *self._decode(prompts, trie, beam_width, lambda: _best))
 
     def sample(
         self, prompts: Prompts, trie: Trie, n: int, generator: torch.Generator, *, distinct: bool
@@ -136,11 +138,11 @@ class TorchBeamEngine:
         Raises:
             InputError, ConfigError, ArtefactError: as `search`.
         """
-        select = _DistinctDraws(generator) if distinct else _Draws(generator)
-        return best_first(trie, *self._decode(prompts, trie, n, select))
+        draws = _DistinctDraws if distinct else _Draws
+        return best_first(trie, *self._decode(prompts, trie, n, lambda: draws(_split(generator))))
 
     def _decode(
-        self, prompts: Prompts, trie: Trie, beam_width: int, select: "_Select"
+        self, prompts: Prompts, trie: Trie, beam_width: int, selection: Callable[[], "_Select"]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Leaves and log-probabilities `[users, beam_width]`; -1 and -inf where there is no beam."""
         check_search(prompts, trie, beam_width, self._vocabulary, self._vocab_size, self._longest_prompt)
@@ -148,13 +150,17 @@ class TorchBeamEngine:
         log_probs = np.full((len(prompts), beam_width), -np.inf, np.float32)
         tree_tokens = beam_width * (trie.depth - 1)
         lengths = [len(prompt) + tree_tokens for prompt in prompts]
+        self._on_device(trie)
         with self._levels() as levels:
-            for users in batches(lengths, self._batch_tokens):
+
+            def decode(users: npt.NDArray[np.intp], select: _Select) -> None:
                 found, scores = self._decode_batch(
                     levels, [prompts[user] for user in users], trie, beam_width, select
                 )
                 leaves[users, : found.shape[1]] = found
                 log_probs[users, : found.shape[1]] = scores
+
+            self._each_batch(lengths, lambda users: (users, selection()), decode)
         return leaves, log_probs
 
     def log_probs(
@@ -174,38 +180,73 @@ class TorchBeamEngine:
         check_search(prompts, trie, max(m, 1), self._vocabulary, self._vocab_size, self._longest_prompt)
         out = np.full(leaves.shape, -np.inf, np.float32)
         lengths = [len(prompt) + m * (trie.depth - 1) for prompt in prompts]
+        self._on_device(trie)
         with self._levels() as levels:
-            for users in batches(lengths, self._batch_tokens):
+
+            def score(users: npt.NDArray[np.intp]) -> None:
                 out[users] = self._log_probs_batch(
                     levels, [prompts[user] for user in users], trie, leaves[users]
                 )
+
+            self._each_batch(lengths, lambda users: (users,), score)
         return out
 
+    def _each_batch(
+        self,
+        lengths: Sequence[int],
+        arguments: Callable[[npt.NDArray[np.intp]], tuple[Any, ...]],
+        work: Callable[..., None],
+    ) -> None:
+        """Call `work` with the `arguments` of each batch of users, which are made in order.
+
+        On a CPU what a layer makes of a batch should fit its cache. Batches are computed by threads there: of
+        operations as small as these a second core shared by all gains a sixth, one of its own nearly all.
+        """
+        on_cpu = self._model.device.type == "cpu"
+        cores = torch.get_num_threads()
+        threads = min(cores, _MOST_THREADS) if on_cpu else 1
+        budget = self._max_batch_tokens or (4_096 if on_cpu else 16_384)
+        wanted = -(-sum(lengths) // budget)
+        # As many for each thread.
+        budget = min(budget, max(_FEWEST_TOKENS, -(-sum(lengths) // max(1, wanted + -wanted % threads))))
+        parts = [arguments(users) for users in batches(lengths, budget)]
+        if threads == 1 or len(parts) == 1:
+            for part in parts:
+                work(*part)
+            return
+        try:
+            with ThreadPoolExecutor(
+                threads, initializer=torch.set_num_threads, initargs=(cores // threads,)
+            ) as pool:
+                list(pool.map(lambda part: work(*part), parts))
+        finally:
+            torch.set_num_threads(cores)  # threads that begin later ask for the last number set
+
     @contextmanager
-    def _levels(self) -> Iterator[list[PreTrainedModel]]:
+    def _levels(self) -> Iterator["_Levels"]:
         """The model in evaluation mode, once for each level of an ID."""
         training = self._model.training
         self._model.eval()
+        models = [
+            _with_output_of(self._model, first, count)
+            for first, count in zip(self._vocabulary.first_token, self._vocabulary.code_counts, strict=True)
+        ]
         try:
-            yield [
-                _with_output_of(self._model, first, count)
-                for first, count in zip(
-                    self._vocabulary.first_token, self._vocabulary.code_counts, strict=True
-                )
-            ]
+            with _LastNetwork(self._model) as last_network:
+                yield _Levels(models, last_network)
         finally:
             self._model.train(training)
 
     @torch.inference_mode()
     def _decode_batch(
-        self, levels: list[PreTrainedModel], prompts: Prompts, trie: Trie, width: int, select: "_Select"
+        self, levels: "_Levels", prompts: Prompts, trie: Trie, width: int, select: "_Select"
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Leaves and scores `[users, at most width]`, in the order of the leaves."""
         device = self._model.device
         legal_ids = self._on_device(trie)
         cache = DynamicCache()
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        logits = _prefill(levels[0], prompts, lengths, cache)
+        logits = _prefill(levels, prompts, lengths, cache)
         nodes = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
         scores = torch.zeros(len(prompts), 1, device=device)
         ranks = torch.zeros(len(prompts), 1, device=device)
@@ -227,7 +268,7 @@ class TorchBeamEngine:
                 parents = (picked // slots.shape[2])[:, :, None]
                 tokens = slots.flatten(1).gather(1, picked) + self._vocabulary.first_token[level]
                 visible = visible.gather(1, parents.expand(-1, -1, visible.shape[2]))
-                visible, logits = _grow(levels[level + 1], tokens, visible, lengths + level, cache)
+                visible, logits = _grow(levels.models[level + 1], tokens, visible, lengths + level, cache)
         return nodes.cpu().numpy(), scores.cpu().numpy()
 
     def _on_device(self, trie: Trie) -> "_DeviceTrie":
@@ -240,7 +281,7 @@ class TorchBeamEngine:
     @torch.inference_mode()
     def _log_probs_batch(
         self,
-        levels: list[PreTrainedModel],
+        levels: "_Levels",
         prompts: Prompts,
         trie: Trie,
         leaves: npt.NDArray[np.integer],
@@ -250,7 +291,7 @@ class TorchBeamEngine:
         legal_ids = self._on_device(trie)
         cache = DynamicCache()
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        logits = _prefill(levels[0], prompts, lengths, cache)
+        logits = _prefill(levels, prompts, lengths, cache)
         asked = leaves >= 0
         codes = np.zeros((*leaves.shape, trie.depth), np.int64)
         codes[asked] = trie.codes_of(leaves[asked])
@@ -273,8 +314,15 @@ class TorchBeamEngine:
             nodes = trie.child(level, nodes.ravel(), codes[:, :, level].ravel()).reshape(nodes.shape)
             if level + 1 < trie.depth:
                 tokens = code + self._vocabulary.first_token[level]
-                visible, logits = _grow(levels[level + 1], tokens, visible, lengths + level, cache)
+                visible, logits = _grow(levels.models[level + 1], tokens, visible, lengths + level, cache)
         return np.where(asked, total.cpu().numpy(), np.float32(-np.inf))
+
+
+class _Levels(NamedTuple):
+    """The model as it is asked for each level of an ID, and the network that prompts hardly need."""
+
+    models: list[PreTrainedModel]
+    last_network: "_LastNetwork"
 
 
 class _DeviceTrie:
@@ -323,6 +371,11 @@ def _best(candidates: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor
     flat = candidates.flatten(1)
     picked = _top(flat, min(width, flat.shape[1]))
     return picked, flat.gather(1, picked)
+
+
+def _split(generator: torch.Generator) -> torch.Generator:
+    """A generator of its own for each batch, so that it does not matter which is computed first."""
+    return torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=generator)))
 
 
 class _Draws:
@@ -406,7 +459,7 @@ def _with_output_of(model: PreTrainedModel, first: int, count: int) -> PreTraine
     return twin
 
 
-def _prefill(model: PreTrainedModel, prompts: Prompts, lengths: Tensor, cache: DynamicCache) -> Tensor:
+def _prefill(levels: _Levels, prompts: Prompts, lengths: Tensor, cache: DynamicCache) -> Tensor:
     """Fill the cache with the prompts and return the logits after each one, `[users, 1, K]`.
 
     Prompts are padded on the right: causal attention then needs no mask here, and later tokens
@@ -416,8 +469,8 @@ def _prefill(model: PreTrainedModel, prompts: Prompts, lengths: Tensor, cache: D
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     ends, which = (lengths - 1).unique(return_inverse=True)
-    with _last_network_at(model, lengths - 1):
-        logits = model(
+    with levels.last_network.at(lengths - 1):
+        logits = levels.models[0](
             input_ids=ids.to(lengths.device),
             past_key_values=cache,
             use_cache=True,
@@ -426,39 +479,53 @@ def _prefill(model: PreTrainedModel, prompts: Prompts, lengths: Tensor, cache: D
     return logits[torch.arange(len(prompts), device=which.device), which][:, None]
 
 
-@contextmanager
-def _last_network_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
-    """Spare the feed-forward network of the last layer all tokens but one of each text.
+class _LastNetwork:
+    """Spares the feed-forward network of the last layer all tokens of a prompt but one.
 
-    Within, its output for the others is 0: no logits are read there, and no layer follows.
-
-    Args:
-        model: nothing is spared where the network is not of Llama's kind, which most models have.
-        places: of the tokens whose logits are read, `[users]`.
+    Its output for the others is 0: no logits are read there, and no layer follows. Nothing is spared where
+    the network is not of Llama's kind, which most models have. Threads may compute prompts at once.
     """
-    layers = getattr(model.base_model, "layers", None)
-    network = getattr(layers[-1], "mlp", None) if layers else None
-    # Mixtures of experts, which may give more than one tensor, have none.
-    if network is None or not isinstance(getattr(network, "down_proj", None), nn.Linear):
-        yield
-        return
-    users = torch.arange(len(places), device=places.device)
-    shape = torch.Size()
 
-    def cut(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        nonlocal shape
-        shape = inputs[0].shape
-        return (inputs[0][users, places][:, None],)
+    def __init__(self, model: PreTrainedModel) -> None:
+        layers = getattr(model.base_model, "layers", None)
+        network = getattr(layers[-1], "mlp", None) if layers else None
+        # Mixtures of experts, which may give more than one tensor, have none.
+        like_llama = network is not None and isinstance(getattr(network, "down_proj", None), nn.Linear)
+        self._network = network if like_llama else None
+        self._hooks: list[Any] = []
+        self._here = threading.local()
 
-    def spread(_: nn.Module, inputs: tuple[Tensor], found: Tensor) -> Tensor:
-        return found.new_zeros(shape).index_put_((users, places), found[:, 0])
+    def __enter__(self) -> "_LastNetwork":
+        if self._network is not None:
+            self._hooks = [
+                self._network.register_forward_pre_hook(self._cut),
+                self._network.register_forward_hook(self._spread),
+            ]
+        return self
 
-    hooks = [network.register_forward_pre_hook(cut), network.register_forward_hook(spread)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
             hook.remove()
+
+    @contextmanager
+    def at(self, places: Tensor) -> Iterator[None]:
+        """Within, only the tokens at `places` `[users]` go through the network, in this thread."""
+        self._here.rows = torch.arange(len(places), device=places.device), places
+        try:
+            yield
+        finally:
+            self._here.rows = None
+
+    def _cut(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        rows = getattr(self._here, "rows", None)
+        if rows is None:
+            return inputs
+        self._here.shape = inputs[0].shape
+        return (inputs[0][rows][:, None],)
+
+    def _spread(self, _: nn.Module, inputs: tuple[Tensor], found: Tensor) -> Tensor:
+        rows = getattr(self._here, "rows", None)
+        return found if rows is None else found.new_zeros(self._here.shape).index_put_(rows, found[:, 0])
 
 
 def _grow(

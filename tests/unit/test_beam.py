@@ -3,6 +3,7 @@
 import itertools
 import types
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,41 @@ def test_the_size_of_batches_changes_nothing():
     all_together = TorchBeamEngine(MODEL, SMALL, max_batch_tokens=10**6).search(prompts, trie, 5)
     np.testing.assert_array_equal(one.codes, all_together.codes)
     np.testing.assert_allclose(one.log_probs, all_together.log_probs, atol=1e-5)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_find_the_beams_of_one():
+    trie = Trie.build(random_ids(SMALL, 100), SMALL.code_counts)
+    prompts = random_prompts([3 + n % 20 for n in range(120)])
+    engine = TorchBeamEngine(MODEL, SMALL, max_batch_tokens=200)
+    found, drawn = engine.search(prompts, trie, 5), []
+    for _ in range(2):
+        drawn.append(engine.sample(prompts, trie, 4, torch.Generator().manual_seed(1), distinct=True))
+    assert torch.get_num_threads() == 3
+    np.testing.assert_array_equal(drawn[0].codes, drawn[1].codes)
+    torch.set_num_threads(1)
+    alone = engine.search(prompts, trie, 5)
+    np.testing.assert_array_equal(found.codes, alone.codes)
+    np.testing.assert_allclose(found.log_probs, alone.log_probs, atol=1e-5)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_what_a_thread_raises_is_raised():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = torch.nan
+    engine = TorchBeamEngine(model, SMALL, max_batch_tokens=20)
+    with pytest.raises(ArtefactError, match="NaN logits"):
+        engine.search(random_prompts([9] * 6), Trie.build(random_ids(SMALL, 100), SMALL.code_counts), 4)
+    assert torch.get_num_threads() == 3
 
 
 def test_the_last_feed_forward_network_computes_one_token_of_a_prompt():
