@@ -36,7 +36,7 @@ from train.steps import Student, Task, common_arguments
 
 ITEMS, CODES, LATENT = 10_000, 128, 32
 PAST, NEGATIVES, POSITIVES = 30, 60, 30
-STEPS = 10
+STEPS = 6
 
 
 def main() -> None:
@@ -67,6 +67,7 @@ def _steps(
     options: argparse.Namespace,
     rng: np.random.Generator,
 ) -> None:
+    n_prompts = max(1, options.prompts // 4)  # an update takes a CPU long
     samples = [
         {
             "sids": rng.integers(len(codes), size=PAST).tolist(),
@@ -76,13 +77,13 @@ def _steps(
             "negatives": rng.integers(len(codes), size=NEGATIVES).tolist(),
             "positives": rng.integers(len(codes), size=POSITIVES).tolist(),
         }
-        for _ in range(4 * options.prompts)
+        for _ in range(4 * n_prompts)
     ]
     config = load_config(
         [],
         (
             f"generator.grpo.stages=[{{context: both, kl: 0.02, steps: {STEPS}}}]",
-            f"generator.grpo.prompts={options.prompts}",
+            f"generator.grpo.prompts={n_prompts}",
             f"generator.grpo.group_size={options.group}",
             "generator.grpo.rollouts=independent",
         ),
@@ -93,7 +94,7 @@ def _steps(
         student = Student(*build_model(preset, load_prompt_text("plain"), codebook, 128, 0), "")
         blocks = student.prompt.blocks(codes)
         prompts = [student.prompt.write(grpo.past(row, "both", 1), blocks)[0] for row in samples]
-        tokens = options.prompts * options.group * (len(prompts[0]) + codes.shape[1])
+        tokens = n_prompts * options.group * (len(prompts[0]) + codes.shape[1])
         clock = _Clock()
         with tempfile.TemporaryDirectory() as folder:
             # From disk, where the trainer looks for its reference.
@@ -118,7 +119,7 @@ def _steps(
         seconds[name] = clock.step()
     table = Table(
         "training",
-        f"GRPO step, {preset} ({student.model.num_parameters() / 1e6:.1f}M), {options.prompts} prompts of"
+        f"GRPO step, {preset} ({student.model.num_parameters() / 1e6:.1f}M), {n_prompts} prompts of"
         f" {len(prompts[0])} tokens, groups of {options.group}",
     )
     for name, took in seconds.items():
