@@ -130,7 +130,8 @@ class TorchBeamEngine:
             prompts: as in `search`.
             trie: the legal IDs.
             n: IDs per prompt.
-            generator: source of chance, on the CPU.
+            generator: source of chance, on the CPU; what is drawn also depends on how prompts are split into
+                batches, and so on the number of threads.
             distinct: without replacement, by Gumbel top-k along the trie (stochastic beam search, Kool
                 et al. 2019): each ID at most once, fewer than `n` where fewer are legal; else
                 independent draws.
@@ -204,7 +205,8 @@ class TorchBeamEngine:
         """
         on_cpu = self._model.device.type == "cpu"
         cores = torch.get_num_threads()
-        threads = min(cores, _MOST_THREADS) if on_cpu else 1
+        each = -(-cores // _MOST_THREADS)
+        threads = cores // each if on_cpu else 1
         budget = self._max_batch_tokens or (4_096 if on_cpu else 16_384)
         wanted = -(-sum(lengths) // budget)
         # As many for each thread.
@@ -215,9 +217,7 @@ class TorchBeamEngine:
                 work(*part)
             return
         try:
-            with ThreadPoolExecutor(
-                threads, initializer=torch.set_num_threads, initargs=(cores // threads,)
-            ) as pool:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,)) as pool:
                 list(pool.map(lambda part: work(*part), parts))
         finally:
             torch.set_num_threads(cores)  # threads that begin later ask for the last number set

@@ -115,7 +115,7 @@ def _steps(
             if name == "negrec":
                 grpo.fit(task, student, rows, Path(folder))
             else:
-                _plain_trl(task, student, prompts, clock, Path(folder))
+                _plain_trl(task, student, rows, prompts, clock, Path(folder))
         seconds[name] = clock.step()
     table = Table(
         "training",
@@ -142,16 +142,15 @@ class _Clock:
         return median_of(np.diff(self._ends)[1:].tolist())
 
 
-def _plain_trl(task: Task, student: Student, prompts: list[list[int]], clock: _Clock, work: Path) -> None:
+def _plain_trl(
+    task: Task, student: Student, samples: Samples, prompts: list[list[int]], clock: _Clock, work: Path
+) -> None:
     """The stock trainer with the settings of ours and the same rewards, 0 for what is no item."""
     settings, tokenizer = task.config.generator.grpo, student.tokenizer
     texts = tokenizer.batch_decode(prompts)
     assert tokenizer(texts)["input_ids"] == prompts
     rng, first = np.random.default_rng(0), np.asarray(student.prompt.vocabulary.first_token)
-    targets = [
-        Targets.of([rng.integers(len(task.ids.codes), size=size).tolist() for _ in prompts])
-        for size in (NEGATIVES, POSITIVES)
-    ]
+    targets = [Targets.of(samples.rows[name]) for name in ("negatives", "positives")]
     reward = Reward(settings.scheme, settings.gamma, task.codebook, task.ids.codes, *targets)
 
     def rewarded(completion_ids: list[list[int]], sample: list[int], **_: Any) -> list[float]:
