@@ -35,6 +35,7 @@ def medians(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     took: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(rounds + 1):
         for name, run in work.items():
+            time.sleep(1)
             begin = time.perf_counter()
             run()
             if round_:
