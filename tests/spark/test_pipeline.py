@@ -370,7 +370,9 @@ def make_day(root: Path, folder: Path, *death: object) -> bool:
         # One core, so that one worker alone imports torch.
         "spark.master=local[1]",
         "spark.shuffle_partitions=1",
-        "spark.conf={spark.sql.codegen.wholeStage: 'false', spark.sql.codegen.factoryMode: NO_CODEGEN}",
+        # Plans of a few rows: neither worth compiling nor worth planning again from stage to stage.
+        "spark.conf={spark.sql.codegen.wholeStage: 'false', spark.sql.codegen.factoryMode: NO_CODEGEN,"
+        " spark.sql.adaptive.enabled: 'false'}",
     )
     command = [sys.executable, str(REPO / "tests" / "spark" / "killed_driver.py"), *map(str, death)]
     command += ["--warehouse", str(root), *OPTIONS, *(part for one in quick for part in ("--set", one))]
