@@ -246,7 +246,13 @@ def write_files(frame: "DataFrame", table: str, run: Place) -> None:
 
     What a write that fails has written is deleted.
     """
+    from pyspark.sql import functions as F
+
     declared = TABLES[table]
+    # Spark takes a constant out of the order asked for, and before it writes it orders by the partition
+    # columns anew, which loses the order by key. So `ds` must not look constant: it is padded to the
+    # length it has.
+    frame = frame.withColumn("ds", F.rpad("ds", 10, F.spark_partition_id().cast("string")))
     ordered = frame.repartition(*declared.partition_by).sortWithinPartitions(
         *declared.partition_by, *declared.key
     )

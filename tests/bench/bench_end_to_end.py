@@ -1,7 +1,7 @@
 """The demo world from log to block list: seconds and memory of every command and daily stage.
 
-    python tests/bench/bench_end_to_end.py [--quick] [--users 1000 10000 100000]
-        [--days 35] [--slate 6] [--folder DIR] [--set KEY=VALUE]
+    python tests/bench/bench_end_to_end.py [--quick] [--users 10000 100000 1000000]
+        [--days 16] [--slate 2] [--folder DIR] [--set KEY=VALUE]
 
 The commands are those of `negrec demo`, with the overlay `demo` and its tiny model, in processes of their
 own. All worlds have the same items, so models are trained in the first world and serve the others. The
@@ -38,9 +38,9 @@ _STAGE_ENDS = re.compile(r" (\w+) ds=\S+: revision \d+ in ([\d.]+) s")
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--quick", action="store_true")
-    arguments.add_argument("--users", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    arguments.add_argument("--days", type=int, default=WorldSettings.days, help="of log, 16 or more")
-    arguments.add_argument("--slate", type=int, default=WorldSettings.slate, help="items shown in a session")
+    arguments.add_argument("--users", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    arguments.add_argument("--days", type=int, default=16, help="of log, 16 or more")
+    arguments.add_argument("--slate", type=int, default=2, help="items shown in a session")
     arguments.add_argument("--folder", type=Path, help="where to work; default: the temporary directory")
     arguments.add_argument("--set", action="append", default=[], help="settings for negrec, key=value")
     options = arguments.parse_args()
