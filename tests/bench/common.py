@@ -31,7 +31,10 @@ def median_of(values: Sequence[float]) -> float:
 
 
 def medians(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taking turns, so that other work slows all alike; the first round warms up."""
+    """Median seconds of each, taking turns, so that other work slows all alike; the first round warms up.
+
+    Threads of the one before may wait actively for a while, so a second's rest lies between turns.
+    """
     took: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(rounds + 1):
         for name, run in work.items():
