@@ -66,8 +66,12 @@ def spark_submit(
     """Start `spark-submit jobs/daily.py` on a warehouse; `log_of` says what it writes."""
     submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
     properties = {
-        f"spark.{who}.extraJavaOptions": java_options() for who in ("driver", "executor")
-    } | properties
+        **{f"spark.{who}.extraJavaOptions": java_options() for who in ("driver", "executor")},
+        # A handful of rows is not worth compiling queries.
+        "spark.sql.codegen.wholeStage": "false",
+        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+        **properties,
+    }
     conf = [part for name, value in properties.items() for part in ("--conf", f"{name}={value}")]
     job = [jobs.daily.__file__, "--warehouse", str(root), *RUN, *options]
     outside = {n: v for n, v in os.environ.items() if n not in ("PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON")}

@@ -791,6 +791,18 @@ def test_kuairand_as_published(tmp_path: Path, spark: SparkSession) -> None:
     assert site.rows("user_profile", "tags") == ["full_active|follows 500+|fans [10,100)|730+ days"]
 
 
+@pytest.fixture
+def compiled(spark: SparkSession) -> Iterator[SparkSession]:
+    """The session with compiled queries, as these are not a handful of rows."""
+    update = {"spark.sql.codegen.wholeStage": "true", "spark.sql.codegen.factoryMode": "FALLBACK"}
+    before = {name: spark.conf.get(name) for name in update}
+    for name, value in update.items():
+        spark.conf.set(name, value)
+    yield spark
+    for name, value in before.items():
+        spark.conf.set(name, value)
+
+
 @pytest.mark.parametrize(
     ("name", "mapping", "rows", "actions", "left_out", "quarantined"),
     [
@@ -811,7 +823,7 @@ def test_kuairand_as_published(tmp_path: Path, spark: SparkSession) -> None:
 )  # fmt: skip
 def test_public_data_sets_import_whole(
     tmp_path: Path,
-    spark: SparkSession,
+    compiled: SparkSession,
     public_data: Callable[[str], Path],
     name: str,
     mapping: str,
@@ -821,7 +833,7 @@ def test_public_data_sets_import_whole(
     quarantined: dict[str, int],
 ) -> None:
     """Counts from a separate reading with pandas."""
-    site = Site(tmp_path, spark)
+    site = Site(tmp_path, compiled)
     site.folder = public_data(name)
 
     summary = site.shipped(mapping)
