@@ -40,7 +40,7 @@ demo: java setup
 	@$(BIN)/negrec demo
 
 # Two workers, each with whole files: most tests keep little more than one core busy, and a file shares its
-# Spark session and its warehouse. In their order the long files come first, so that both end together.
+# Spark session and its warehouse. Files keep the order that tests/conftest.py gives them.
 test: java lint duckdb
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 

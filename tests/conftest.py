@@ -46,6 +46,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     about = "users of the list that is read under load (`make soak`: a million)"
     parser.addoption("--list-users", type=int, default=20_000, help=about)
+    about = "the packed environment of the cluster (conf/cluster.md); by default a thin one is made"
+    parser.addoption("--archive", type=Path, help=about)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, and the others that want a JVM last.
+
+    So two workers end together, and neither waits until the archive of Java's classes is made.
+    """
+    items.sort(
+        key=lambda item: (
+            item.path.name != "test_pipeline.py",
+            item.path.parent.name in ("cluster", "spark"),
+        )
+    )
 
 
 @pytest.fixture(scope="session")

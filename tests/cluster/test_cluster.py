@@ -202,11 +202,14 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed environment with negrec as a wheel; heavy packages are those of this environment.
 
-    A site packs them too (conf/cluster.md), which takes minutes and gigabytes.
+    A site packs them too (conf/cluster.md), which takes minutes and gigabytes: `--archive` runs on that.
     """
+    whole: Path | None = request.config.getoption("--archive")
+    if whole:
+        return whole.resolve(strict=True)
     folder = tmp_path_factory.mktemp("packed")
     environment = folder / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
