@@ -37,11 +37,12 @@ def item_semantic_id(
     from pyspark.sql import functions as F
 
     def assign(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        from negrec_core.item_encoder import ItemEncoder
-
         rows = [batch for batch in batches if batch.num_rows]
         if not rows:
             return
+        # Imports torch, which takes seconds, and most days bring no new item.
+        from negrec_core.item_encoder import ItemEncoder
+
         codebook, manifest = open_codebook(models, version)
         item_encoder = ItemEncoder.of_codebook(models, manifest, media)
         for part in [pa.Table.from_batches(rows)] if taken is not None else rows:

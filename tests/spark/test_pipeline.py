@@ -111,6 +111,7 @@ CLOSE = {
     "block_list": {"log_prob": 3, "score": 3, "because_similarity": 3},
 }
 SEED = 5
+KILLS_A_DAY = 15
 
 
 @dataclass(frozen=True)
@@ -392,17 +393,20 @@ def make_day(root: Path, folder: Path, *death: object) -> bool:
     return returned != 0
 
 
-def deaths(seed: str) -> Iterator[tuple[int, float, str]]:
-    """Step of a write, seconds after it, and who dies with the driver; without end.
+def deaths(draw: random.Random, kills: int, writes: int) -> Iterator[tuple[int, float, str]]:
+    """Where in a day's writes drivers die, in order: a step, seconds after it, and who dies with the driver.
 
-    A write has four steps and a killed driver starts again behind the last one that was committed, so on
-    average every driver gets a little further than the one before.
+    A write has four steps; see killed_driver.py.
     """
-    draw = random.Random(seed)
-    while True:
+    for step in sorted(draw.sample(range(1, 4 * writes + 1), kills)):
         # At once, within a commit (it takes some milliseconds), or somewhere in the stage that follows.
-        seconds = draw.choice([0.0, draw.uniform(0, 0.01), draw.uniform(0, 2)])
-        yield draw.randint(1, 8), seconds, draw.choice(["alone", "group"])
+        moments = [0.0, draw.uniform(0, 0.01), draw.uniform(0, 2)]
+        # Near the end the day might be done before.
+        yield (
+            step,
+            draw.choice(moments[: 3 if step < 4 * (writes - 3) else 2]),
+            draw.choice(["alone", "group"]),
+        )
 
 
 def test_drivers_killed_again_and_again_make_the_day_as_if_undisturbed(
@@ -422,17 +426,27 @@ def make_days(kills: int, site: Site, next_day: Site, folder: Path) -> None:
     """Make the next day in one warehouse after another, until so many drivers were killed."""
     folder.mkdir()
     today = dt.date.fromisoformat(NEXT_DAY)
+    draw = random.Random(folder.name)
+    shards = [f"negrec.negative_item_set_shard.{NEXT_DAY}.{bucket}" for bucket in range(site.config.buckets)]
+    # Of every stage but `feedback`, which is there, of every shard, and of the gates.
+    writes = len(NEXT_STAGES[1:]) + len(shards) + 1
     killed = days = 0
-    drawn = deaths(folder.name)
-    let_alone = (0, 0, "alone")
     while killed < kills:
         days += 1
         root = folder / f"day {days}"
         store = site.fork(root).open().store
-        while make_day(root, folder, *(next(drawn) if killed < kills else let_alone)):
+        for step, *how in deaths(draw, min(KILLS_A_DAY, kills - killed), writes):
+            # A driver starts again behind the last stage or shard that was committed.
+            staging = store.handle("negative_item_set_shard")
+            done = sum(store.revision(stage, NEXT_DAY) > 0 for stage in NEXT_STAGES[1:])
+            done += sum(staging.transaction_version(shard) == 1 for shard in shards)
+            if not make_day(root, folder, max(1, step - 4 * done), *how):
+                break
             killed += 1
-            done = store.revision("block_list", NEXT_DAY)
-            assert BlockList.open(root, today=today).snapshot.ds == (NEXT_DAY if done else DS)
+            published = store.revision("block_list", NEXT_DAY)
+            assert BlockList.open(root, today=today).snapshot.ds == (NEXT_DAY if published else DS)
+        else:
+            assert not make_day(root, folder, 0, 0, "alone")
         assert BlockList.open(root, today=today).snapshot.ds == NEXT_DAY
         for stage in NEXT_STAGES:
             made = [commit.days[NEXT_DAY] for commit in store.commits(stage) if NEXT_DAY in commit.days]
@@ -442,11 +456,9 @@ def make_days(kills: int, site: Site, next_day: Site, folder: Path) -> None:
                 plain(rows_of(next_day.open().store, stage, NEXT_DAY)),
                 CLOSE.get(stage, {}),
             )
+        # No shard that was done is generated a second time.
         staging = store.handle("negative_item_set_shard")
-        for bucket in range(site.config.buckets):
-            # No shard that was done is generated a second time.
-            shard = f"negrec.negative_item_set_shard.{NEXT_DAY}.{bucket}"
-            assert staging.transaction_version(shard) == 1, bucket
+        assert [staging.transaction_version(shard) for shard in shards] == [1] * len(shards)
         shutil.rmtree(root)
 
 

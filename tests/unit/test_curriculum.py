@@ -104,12 +104,16 @@ def make_tables(store: DeltaStore, n: int = 24) -> None:
     write_rows(store, "training_grpo", futures, DS)
 
 
-@pytest.fixture
-def store(tmp_path):
-    manifest = save_codebook(tmp_path, small_codebook())
-    store = publish(tmp_path, manifest.version, ITEMS, {})
+def make_store(root):
+    manifest = save_codebook(root, small_codebook())
+    store = publish(root, manifest.version, ITEMS, {})
     make_tables(store)
     return store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path)
 
 
 def config_of(*settings):
@@ -206,29 +210,43 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 import test_curriculum as here
 from negrec_core.delta import DeltaStore
-left = int(sys.argv[2])
-def progress(done, total):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-here.trained(DeltaStore(Path(sys.argv[1])), progress=progress)
+# What is imported takes longer than the training, so processes share it.
+for root, left in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
+    child = os.fork()
+    if not child:
+        def progress(done, total):
+            global left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        here.trained(DeltaStore(Path(root)), progress=progress)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+# In the middle of translation, of warm-up (in its second epoch), and of GRPO's second stage.
+KILLED_AFTER = (4, 14, 18)
 
 
-@pytest.mark.parametrize("after", [4, 14, 18])
-def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(store, tmp_path_factory, after):
-    """Killed in the middle of translation, of warm-up (in its second epoch), and of GRPO's second stage."""
-    undisturbed = tmp_path_factory.mktemp("undisturbed") / "warehouse"
-    shutil.copytree(store.root, undisturbed)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Warehouses whose training was killed after so many steps, and the weights of one where it was not."""
+    folder = tmp_path_factory.mktemp("killed")
+    undisturbed = make_store(folder / "undisturbed")
+    roots = {after: shutil.copytree(undisturbed.root, folder / f"after {after}") for after in KILLED_AFTER}
     script = KILLED.format(paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    command = [sys.executable, "-c", script, str(store.root), str(after)]
-    killed = subprocess.run(command, env=os.environ, check=False, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    arguments = [str(part) for after, root in roots.items() for part in (root, after)]
+    ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert ended.stdout.split() == [str(-signal.SIGKILL)] * len(roots), ended.stderr
+    return roots, weights_of(undisturbed, trained(undisturbed))
+
+
+@pytest.mark.parametrize("after", KILLED_AFTER)
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(killed, after):
+    roots, expected = killed
+    store = DeltaStore(roots[after])
     assert not (store.root / "models" / "generator").exists()
     steps = []
     resumed = weights_of(store, trained(store, progress=lambda done, total: steps.append(done)))
-    expected = weights_of(DeltaStore(undisturbed), trained(DeltaStore(undisturbed)))
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in resumed)
     assert len(steps) < 21, "what was done before the kill was not done again"

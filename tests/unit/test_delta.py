@@ -71,6 +71,9 @@ D1, D2, D3 = "2026-03-01", "2026-03-02", "2026-03-03"
 NOTHING = Provenance()
 DAY, SET = "user_profile", "negative_item_set_shard"  # by ds; by ds and bucket
 WRITERS = 4
+# Forked from one that has imported what they need, which takes longer than most of them live.
+PROCESSES = mp.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["negrec_core.delta", "hypothesis", "pytest"])
 
 Model = dict[str, list[str]]
 
@@ -710,8 +713,7 @@ def _write(root: Path, days: list[str], user: str) -> str:
 @pytest.fixture(scope="module")
 def writers() -> Iterator[ProcessPoolExecutor]:
     """As many processes as `WRITERS`; a task waits until all of them have one."""
-    context = mp.get_context("spawn")
-    with ProcessPoolExecutor(WRITERS, context, _join, (context.Barrier(WRITERS),)) as pool:
+    with ProcessPoolExecutor(WRITERS, PROCESSES, _join, (PROCESSES.Barrier(WRITERS),)) as pool:
         yield pool
 
 
@@ -767,7 +769,7 @@ def test_a_writer_killed_before_its_commit_changes_nothing(
     store: DeltaStore, owner: type, method: str
 ) -> None:
     store.write_arrow(DAY, profiles(D1, "old"), {D1: 1}, NOTHING)
-    child = mp.get_context("spawn").Process(target=_write_and_die, args=(store.root, owner, method))
+    child = PROCESSES.Process(target=_write_and_die, args=(store.root, owner, method))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
@@ -793,7 +795,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_commits(store: DeltaStore, k
     moment = random.Random(kills)
     for _ in range(kills):
         before = store.revision(DAY, D1)
-        child = mp.get_context("spawn").Process(target=_write_on, args=(store.root,))
+        child = PROCESSES.Process(target=_write_on, args=(store.root,))
         child.start()
         while store.revision(DAY, D1) == before and child.is_alive():
             time.sleep(0.01)
