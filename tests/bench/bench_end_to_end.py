@@ -4,8 +4,8 @@
         [--days 16] [--slate 2] [--folder DIR] [--set KEY=VALUE]
 
 The commands are those of `negrec demo`, with the overlay `demo` and its tiny model, in processes of their
-own. All worlds have the same items, so models are trained in the first world and serve the others. The
-seconds of the first daily stage include the start of Spark.
+own, with beams 20 wide. All worlds have the same items, so models are trained in the first world and serve
+the others. The seconds of the first daily stage include the start of Spark.
 
 Memory is the largest sum of resident memory of a command's processes (driver, JVM, Python workers) while a
 stage ran, looked at four times a second; pages that processes share count in each. What the driver's
@@ -49,7 +49,7 @@ def main() -> None:
         for users in [1000] if options.quick else options.users:
             world = Path(folder) / "world"
             shown = WorldSettings(users=users, days=options.days, slate=options.slate)
-            _world(shown, world, models, options.set)
+            _world(shown, world, models, ["generation.beam_width=20", *options.set])
             if not models.exists():
                 shutil.move(world / "warehouse" / "models", models)
             shutil.rmtree(world)

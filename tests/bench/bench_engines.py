@@ -3,7 +3,7 @@
 Each has a process of its own. The torch engine has its process keep freed memory; what generate gains by
 that alone is measured, too.
 
-    python tests/bench/bench_engines.py [--quick] [--users 256] [--rounds 3]
+    python tests/bench/bench_engines.py [--quick] [--users 256] [--rounds 5]
 
 A model of 0.9M random weights in fp32, prompts of 128 tokens, 20 beams, 10,000 legal IDs. The engines
 and generate find legal IDs only; `LLM.beam_search` knows no catalogue. Engines and vLLM split the users into
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--quick", action="store_true")
     arguments.add_argument("--users", type=int, default=256)
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=5)
     options = arguments.parse_args()
     users, rounds = (8, 1) if options.quick else (options.users, options.rounds)
     seeds = itertools.count()

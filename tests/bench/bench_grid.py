@@ -1,7 +1,7 @@
 """Users per second of both beam engines, by model size, prompt length and beam width.
 
     python tests/bench/bench_grid.py [--quick] [--models 0.9M 9.6M 107M] [--widths 20 50 128]
-        [--prompts 128 250 256 1000] [--engines torch vllm] [--seconds 8]
+        [--prompts 128 250 256 1000] [--engines torch vllm] [--seconds 5]
 
 bf16 but for the smallest model; 10,000 legal IDs. A cell takes as many users as come to about the given
 seconds for both its warm-up and its measure.
@@ -28,7 +28,7 @@ def main() -> None:
     arguments.add_argument("--widths", type=int, nargs="+", default=[20, 50, 128])
     arguments.add_argument("--prompts", type=int, nargs="+", default=[128, 250, 256, 1000])
     arguments.add_argument("--engines", nargs="+", default=["torch", "vllm"])
-    arguments.add_argument("--seconds", type=float, default=8)
+    arguments.add_argument("--seconds", type=float, default=5)
     options = arguments.parse_args()
     if options.quick:
         options.models, options.widths, options.prompts, options.seconds = ["0.9M"], [20, 50], [128, 250], 2
