@@ -40,7 +40,7 @@ def item_semantic_id(
         rows = [batch for batch in batches if batch.num_rows]
         if not rows:
             return
-        # Imports torch, which takes seconds, and most days bring no new item.
+        # Imports torch, which takes seconds that a day without new items need not spend.
         from negrec_core.item_encoder import ItemEncoder
 
         codebook, manifest = open_codebook(models, version)
