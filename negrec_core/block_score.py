@@ -152,12 +152,14 @@ def features(
         out[:, 1] = (weight / weight.sum()) @ cosine
     out[:, 2] = item_log_odds
     out[:, 3] = user_log_odds
-    counts = np.stack([tally.negatives, tally.positives], 1).astype(np.float64)
+    prior = sigmoid(prior_log_odds)
     for level in range(2):  # the category, then its top category
-        here = candidates.categories[:, level, None]
-        same = (here == tally.categories[:, level]) & (here >= 0)
-        negatives, positives = (same @ counts).T
-        out[:, 4 + level] = smoothed_log_odds(negatives, positives, sigmoid(prior_log_odds), pseudo_events)
+        # Number 0 stands for none, of which nothing is counted.
+        here, tallied = candidates.categories[:, level] + 1, tally.categories[:, level] + 1
+        most = int(here.max(initial=0)) + 1
+        counts = [np.bincount(tallied, n * (tallied > 0), most) for n in (tally.negatives, tally.positives)]
+        negatives, positives = (count.take(here) for count in counts)
+        out[:, 4 + level] = smoothed_log_odds(negatives, positives, prior, pseudo_events)
     dim = candidates.unit.shape[1]
     own, factors = candidates.tastes[:, 0], candidates.tastes[:, 1:]
     out[:, 6] = own + candidates.unit @ taste[1 : 1 + dim] + factors @ taste[1 + dim :]

@@ -113,16 +113,24 @@ class Codebook:
             InputError: rows of another length, or a code that its level does not have.
         """
         check_codes(codes, self.code_counts)
+        return self._sum(codes)
+
+    def unit(self, codes: np.ndarray, *, checked: bool = False) -> np.ndarray:
+        """`embed` scaled to unit length, so that a product is a cosine; a zero sum stays zero.
+
+        Args:
+            codes: as for `embed`.
+            checked: they are known to be codes of this codebook.
+        """
+        total = self._sum(codes) if checked else self.embed(codes)
+        norm = np.sqrt(np.einsum("nd,nd->n", total, total))[:, None]
+        return total / np.where(norm > 0, norm, np.float32(1))
+
+    def _sum(self, codes: np.ndarray) -> np.ndarray:
         total = np.zeros((len(codes), self.dim), np.float32)
         for level, words in enumerate(self.codewords):
-            total += words[codes[:, level]]
+            total += words.take(codes[:, level], axis=0)
         return total
-
-    def unit(self, codes: np.ndarray) -> np.ndarray:
-        """`embed` scaled to unit length, so that a product is a cosine; a zero sum stays zero."""
-        total = self.embed(codes)
-        norm = np.linalg.norm(total, axis=1, keepdims=True)
-        return np.divide(total, norm, out=np.zeros_like(total), where=norm > 0)
 
     def save(self, path: Path) -> None:
         """Write `codebook.safetensors` and `codebook.json` into the directory `path`."""

@@ -159,7 +159,7 @@ class Snapshot:
 
     def entry_units(self, span: slice) -> np.ndarray:
         """Unit embeddings of the predicted IDs of some entries, float32 [n, dim]."""
-        return self.codebook.unit(self.codes[span])
+        return self.codebook.unit(self.codes[span], checked=True)  # by `_codes_of`
 
     def _entries_of(self, row: int) -> slice:
         return slice(int(self.starts[row]), int(self.starts[row + 1]))
