@@ -91,6 +91,7 @@ def _summary(datasets: Iterable[list[dict[str, Any]]]) -> str:
     for cells in datasets:
         methods = _rows(cells, "figures")
         differences = _rows(cells, "difference")
+        seeds = _seeds(cells)
         for figure in _CLAIMS:
             others = {
                 name: figures[figure].value
@@ -99,11 +100,13 @@ def _summary(datasets: Iterable[list[dict[str, Any]]]) -> str:
             }
             if others:
                 best = (min if figure in _LOST else max)(others, key=others.__getitem__)
-                ours = methods[OURS][figure]
+                # With its seeds, so that the difference is that of what stands beside it.
+                ours = _rows([c for c in cells if c["seed"] in seeds[best]], "figures")[OURS][figure]
                 ratio = f"{ours.value / others[best]:.2f}" if others[best] else "-"
                 difference = _show(differences[best][figure], "+")
+                named = _named(best, seeds)
                 rows.append(
-                    [cells[0]["title"], figure, _show(ours), best, f"{others[best]:.3f}", ratio, difference]
+                    [cells[0]["title"], figure, _show(ours), named, f"{others[best]:.3f}", ratio, difference]
                 )
     head = ["data", "figure", OURS, "best other", "of that", "ratio", "difference"]
     return "## Beside the best other method\n\n" + _table(head, rows)
@@ -120,7 +123,11 @@ def _dataset(cells: list[dict[str, Any]], results: Path, name: str) -> str:
         f" {drawn['other_days']:,} with some of other days; {drawn['alone']:,} users were shown nothing else"
         " and are left out.\n",
     ]
-    methods, differences = _rows(cells, "figures"), _rows(cells, "difference")
+    of = _seeds(cells)
+    methods, differences = (
+        {_named(method, of): row for method, row in _rows(cells, kind).items()}
+        for kind in ("figures", "difference")
+    )
     for about, names in {**FIGURES, "the long tail": LONG_TAIL}.items():
         lines += [f"### {about.capitalize()}\n", _methods(methods, names, "")]
         lines += [f"{OURS} minus:\n", _methods({m: r for m, r in differences.items() if r}, names, "+")]
@@ -274,6 +281,21 @@ def _rows(cells: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Estimat
             for figure, estimate in row[kind].items():
                 own.setdefault(figure, []).append(estimate)
     return {m: {figure: _mean(all_) for figure, all_ in own.items()} for m, own in found.items()}
+
+
+def _seeds(cells: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Method -> seeds of the cells that have it."""
+    found: dict[str, list[int]] = {}
+    for cell in cells:
+        for row in cell["evaluation"]["rows"]:
+            found.setdefault(row["method"], []).append(cell["seed"])
+    return found
+
+
+def _named(method: str, seeds: dict[str, list[int]]) -> str:
+    """A method, with its seeds where others have more."""
+    own = seeds[method]
+    return method if own == seeds[OURS] else f"{method} (seed {', '.join(map(str, own))})"
 
 
 def _mean(estimates: list[dict[str, float]]) -> Estimate:

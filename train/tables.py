@@ -3,6 +3,9 @@
 A cell is one data set with one seed, worked out by the commands of the README in a warehouse of its own. A
 finished cell is a file in `train/results` and is not worked out again; one that was interrupted or failed
 goes on with the command that it had come to. In the end `train/RESULTS.md` is made from all cells there are.
+
+With `--sequential` the first seed of each public data set is judged beside RecBole's models, too, about an
+hour for each; a cell that was finished without them is worked out again.
 """
 
 import argparse
@@ -26,6 +29,8 @@ log = logging.getLogger("negrec.tables")
 SEEDS = (7, 8, 9)
 _HERE = Path(__file__).resolve().parent
 _REPO = _HERE.parent
+# What a cell's last step gets to judge RecBole's models, too.
+BESIDE = " --sequential {recbole}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,9 @@ _FULL = tuple(dataset.name for dataset in DATASETS if dataset.name != "small-dem
 _QUICK = ("movielens", "small-demo")
 
 
-def run_cell(dataset: Dataset, seed: int, data: Path, work: Path, results: Path) -> bool:
+def run_cell(
+    dataset: Dataset, seed: int, data: Path, work: Path, results: Path, recbole: Path | None = None
+) -> bool:
     """Work out one cell, unless it is finished; a failure is kept with its last line of error.
 
     Args:
@@ -99,14 +106,20 @@ def run_cell(dataset: Dataset, seed: int, data: Path, work: Path, results: Path)
         data: folder of the public data sets.
         work: folder of this cell's warehouse; removed when the cell is finished.
         results: folder of the cells.
+        recbole: Python of RecBole's environment, whose models are then judged, too.
 
     Returns:
         Whether it is finished.
     """
     path = results / f"{dataset.name}-{seed}.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["error"] is None:
-        log.info("%s: finished before", path.stem)
-        return True
+    *before, last = dataset.steps
+    if recbole:
+        last += BESIDE
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["error"] is None and (not recbole or known["steps"][-1]["command"].endswith(BESIDE)):
+            log.info("%s: finished before", path.stem)
+            return True
     work.mkdir(parents=True, exist_ok=True)
     done_file = work / "steps.json"
     done = json.loads(done_file.read_text(encoding="utf-8")) if done_file.exists() else []
@@ -119,9 +132,10 @@ def run_cell(dataset: Dataset, seed: int, data: Path, work: Path, results: Path)
         "steps": done,
         "error": None,
     }
-    for step in dataset.steps[len(done) :]:
+    values = {"data": data, "seed": seed, "work": work, "recbole": recbole}
+    for step in [*before, last][len(done) :]:
         begin = time.monotonic()
-        error = _negrec(dataset, step, seed, data, work)
+        error = _negrec(dataset.config, step, values)
         done.append({"command": f"negrec {step}", "seconds": round(time.monotonic() - begin, 1)})
         log.info("%s: negrec %s: %s", path.stem, step, error or f"{done[-1]['seconds']} s")
         if error:
@@ -136,11 +150,11 @@ def run_cell(dataset: Dataset, seed: int, data: Path, work: Path, results: Path)
     return cell["error"] is None
 
 
-def _negrec(dataset: Dataset, step: str, seed: int, data: Path, work: Path) -> str | None:
+def _negrec(config: str, step: str, values: dict[str, Any]) -> str | None:
     """Run one command; its last line of error if it failed."""
-    words = [word.format(data=data, seed=seed, work=work) for word in step.split()]
-    command = [sys.executable, "-m", "jobs.cli", "--warehouse", str(work), "--config", dataset.config, *words]
-    ended = subprocess.run(command, cwd=_REPO, capture_output=True, text=True, check=False)
+    words = [word.format(**values) for word in step.split()]
+    program = [sys.executable, "-m", "jobs.cli", "--warehouse", str(values["work"]), "--config", config]
+    ended = subprocess.run([*program, *words], cwd=_REPO, capture_output=True, text=True, check=False)
     if ended.returncode == 0:
         return None
     lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
@@ -161,6 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one seed of MovieLens and a small demo world")
     parser.add_argument("--only", action="append", choices=[d.name for d in DATASETS], help="these data sets")
     parser.add_argument("--seed", action="append", type=int, help=f"these seeds; default: {SEEDS}")
+    parser.add_argument(
+        "--sequential", type=Path, metavar="PYTHON", help="RecBole's models, too (`make recbole`)"
+    )
     parser.add_argument("--report", action="store_true", help="only write the report of the cells there are")
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
@@ -170,10 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = _HERE / "results"
     # All data sets with one seed first: an early look at everything.
     asked = [(d, seed) for seed in seeds for d in DATASETS if d.name in names and not given.report]
-    finished = [
-        run_cell(d, seed, data, _REPO / "warehouse" / "tables" / f"{d.name}-{seed}", results)
-        for d, seed in asked
-    ]
+    recbole = given.sequential and given.sequential.absolute()
+    finished = []
+    for d, seed in asked:
+        work = _REPO / "warehouse" / "tables" / f"{d.name}-{seed}"
+        beside = recbole if seed == SEEDS[0] and d.result == Dataset.result else None
+        finished.append(run_cell(d, seed, data, work, results, beside))
     write_report(results, [dataset.name for dataset in DATASETS], _HERE / "RESULTS.md")
     if not all(finished):
         sys.exit(f"{finished.count(False)} of {len(finished)} cells failed: see {_HERE / 'RESULTS.md'}")

@@ -8,7 +8,7 @@ import pytest
 
 from train import tables
 from train.report import write_report
-from train.tables import DATASETS, Dataset, run_cell
+from train.tables import BESIDE, DATASETS, Dataset, run_cell
 
 TOY = Dataset("movielens", "Toy data", "toy", ("import {data}/log", "train x --seed {seed}", "evaluate"))
 
@@ -63,8 +63,8 @@ def negrec(monkeypatch):
     return made
 
 
-def run(root, seed=8):
-    return run_cell(TOY, seed, Path("/public data"), root / "work", root / "results")
+def run(root, seed=8, recbole=None):
+    return run_cell(TOY, seed, Path("/public data"), root / "work", root / "results", recbole)
 
 
 def cell(root, seed=8):
@@ -82,6 +82,17 @@ def test_a_cell_runs_its_commands_once(tmp_path, negrec):
     assert not (tmp_path / "work").exists()
     assert run(tmp_path)
     assert len(negrec.asked) == 3
+
+
+def test_a_cell_without_the_sequential_recommenders_is_worked_out_again_beside_them(tmp_path, negrec):
+    recbole = Path("/recbole environment/python")
+    assert run(tmp_path)
+    assert run(tmp_path, recbole=recbole)
+    assert negrec.asked[-1] == ["evaluate", "--sequential", str(recbole)]
+    assert len(negrec.asked) == 6
+    assert run(tmp_path, recbole=recbole)
+    assert run(tmp_path)
+    assert len(negrec.asked) == 6
 
 
 def test_a_failure_is_kept_and_the_next_run_goes_on_from_there(tmp_path, negrec):
@@ -134,6 +145,24 @@ def test_the_report_gives_means_over_seeds_and_the_best_other_method(tmp_path, n
     assert "![Toy data](results/movielens.png)" in lines
 
 
+def test_a_method_of_one_seed_is_named_so_and_stands_beside_ours_of_that_seed(tmp_path, negrec):
+    for seed, ours in ((7, 0.3), (8, 0.5)):
+        run(tmp_path, seed)
+        found = evaluation(ours)
+        if seed == 7:
+            found["rows"].append({**found["rows"][-1], "method": "SASRec"})
+            found["rows"][-1]["figures"] = {f: estimate(0.25) for f in found["rows"][-1]["figures"]}
+            found["rows"][-1]["difference"] = {f: estimate(0.05) for f in found["rows"][-1]["figures"]}
+        path = tmp_path / "results" / f"movielens-{seed}.json"
+        path.write_text(json.dumps({**cell(tmp_path, seed), "evaluation": found}))
+    write_report(tmp_path / "results", ["movielens"], tmp_path / "RESULTS.md")
+    lines = (tmp_path / "RESULTS.md").read_text().splitlines()
+    best = "SASRec (seed 7) | 0.250 | 1.20 | +0.050 [+0.030 +0.070] |"
+    assert f"| Toy data | blocked at 1 % | 0.300 [0.280 0.320] | {best}" in lines
+    assert any(line.startswith("| SASRec (seed 7) | 0.250 [0.230 0.270] |") for line in lines)
+    assert any(line.startswith("| negrec | 0.400 [0.380 0.420] |") for line in lines)
+
+
 def test_a_command_that_really_fails_leaves_its_line(tmp_path):
     steam = next(dataset for dataset in DATASETS if dataset.name == "steam")
     assert not run_cell(steam, 7, tmp_path / "nowhere", tmp_path / "work", tmp_path / "results")
@@ -150,7 +179,9 @@ def test_the_commands_of_all_data_sets_are_known(tmp_path):
 
     for dataset in DATASETS:
         for step in dataset.steps:
-            words = [word.format(data=tmp_path, seed=7, work=tmp_path) for word in step.split()]
+            step += BESIDE if step.startswith("evaluate") else ""
+            values = {"data": tmp_path, "seed": 7, "work": tmp_path, "recbole": tmp_path}
+            words = [word.format(**values) for word in step.split()]
             given = ["--warehouse", str(tmp_path / "none"), "--config", dataset.config]
             help_ = CliRunner().invoke(app, [*given, *words, "--help"])
             assert help_.exit_code == 0, step
