@@ -1,12 +1,12 @@
 """Writing a Delta table (Spark files, checks, one delta-rs commit) beside writing plain Parquet by Spark.
 
-    python tests/bench/bench_delta.py [--quick] [--rows 5000000 20000000] [--rounds 3]
+    python tests/bench/bench_delta.py [--quick] [--rows 5000000 20000000] [--rounds 4]
 
 Both write the same frame, sorted and partitioned alike; the table is `feedback`, in four buckets.
 """
 
 import argparse
-import shutil
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--quick", action="store_true")
     arguments.add_argument("--rows", type=int, nargs="+", default=[5_000_000, 20_000_000])
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=4)
     options = arguments.parse_args()
     spark = open_session(load_config(environment={}).spark, "UTC", progress=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,10 +43,10 @@ def _compare(spark: "SparkSession", folder: Path, rows: int, rounds: int) -> Non
     store.create_tables()
     frame = with_partitions(_rows(spark, rows), "feedback", DS, 4)
     commits = []
+    number = itertools.count()
 
     def plain() -> None:
-        shutil.rmtree(folder / "plain", ignore_errors=True)
-        write_files(frame, "feedback", folder / "plain")
+        write_files(frame, "feedback", folder / f"plain-{rows}-{next(number)}")
 
     def delta() -> None:
         run = store.new_run("feedback")

@@ -33,11 +33,13 @@ def median_of(values: Sequence[float]) -> float:
 def medians(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each, taking turns, so that other work slows all alike; the first round warms up.
 
-    Threads of the one before may wait actively for a while, so a second's rest lies between turns.
+    Every other round goes backwards, so that what one leaves to the next (memory to collect, files to
+    flush) falls on both. Threads of the one before may wait actively for a while, so a second's rest lies
+    between turns.
     """
     took: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(rounds + 1):
-        for name, run in work.items():
+        for name, run in list(work.items())[:: 1 if round_ % 2 else -1]:
             time.sleep(1)
             begin = time.perf_counter()
             run()
