@@ -4,8 +4,8 @@ A cell is one data set with one seed, worked out by the commands of the README i
 finished cell is a file in `train/results` and is not worked out again; one that was interrupted or failed
 goes on with the command that it had come to. In the end `train/RESULTS.md` is made from all cells there are.
 
-With `--sequential` the first seed of each public data set is judged beside RecBole's models, too, about an
-hour for each; a cell that was finished without them is worked out again.
+With `--sequential` the first seed of each public data set is judged beside RecBole's models, too, minutes
+to an hour for each; a cell that was finished without them is worked out again.
 """
 
 import argparse
