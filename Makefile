@@ -27,7 +27,7 @@ help:
 	@echo "make test   set up, then run the linters, the type checker and all tests"
 	@echo "make soak   kill -9 drivers and writers at random moments, KILLS=200 of each (under an hour)"
 	@echo "make bench  measure speeds (over an hour; QUICK=1: minutes; ONLY=swing: one of them): tests/bench/RESULTS.md"
-	@echo "make tables train and judge on every public data set (hours; QUICK=1: minutes; SEQUENTIAL=1: RecBole's models, too): train/RESULTS.md"
+	@echo "make tables train and judge on every public data set (hours; QUICK=1: minutes; SEQUENTIAL=1: RecBole, too): train/RESULTS.md"
 	@echo "make lint   the linters and the type checker alone"
 	@echo "make setup  the environment alone: $(VENV), from conf/lock/$(LOCK).txt"
 	@echo "make recbole  $(RECBOLE), for evaluation beside sequential recommenders"

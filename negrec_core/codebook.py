@@ -119,8 +119,11 @@ class Codebook:
         """`embed` scaled to unit length, so that a product is a cosine; a zero sum stays zero.
 
         Args:
-            codes: as for `embed`.
-            checked: they are known to be codes of this codebook.
+            codes: [n, D], as for `embed`.
+            checked: they are known to be codes of this codebook, and are not looked at again.
+
+        Raises:
+            InputError: as `embed`, unless `checked`.
         """
         total = self._sum(codes) if checked else self.embed(codes)
         norm = np.sqrt(np.einsum("nd,nd->n", total, total))[:, None]

@@ -191,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finished = []
     for d, seed in asked:
         work = _REPO / "warehouse" / "tables" / f"{d.name}-{seed}"
-        beside = recbole if seed == SEEDS[0] and d.result == Dataset.result else None
+        # The demo judges itself.
+        beside = recbole if seed == SEEDS[0] and d.steps[-1].startswith("evaluate") else None
         finished.append(run_cell(d, seed, data, work, results, beside))
     write_report(results, [dataset.name for dataset in DATASETS], _HERE / "RESULTS.md")
     if not all(finished):
