@@ -164,7 +164,7 @@ def load_catalogue(task: BlockListTask) -> Catalogue:
     categories = load_categories(store, task.ds, ids.items, task.items_version)
     prior = task.score.prior_log_odds
     tastes = load_item_tastes(store, task.ds, ids.items, task.tastes_version, prior)
-    items = Items(codebook.unit(ids.codes), categories.of_items, tastes)
+    items = Items.of(codebook.unit(ids.codes), categories.of_items, tastes)
     leaf = trie.find(ids.codes)
     # Leaves are numbered without gaps, so the distinct ones are all of them in order.
     first, per_leaf = np.unique(leaf, return_index=True, return_counts=True)[1:]
@@ -178,7 +178,7 @@ def load_catalogue(task: BlockListTask) -> Catalogue:
         ids.index,
         items.with_unknown(prior),
         np.append(item_log_odds, prior),
-        Items(items.unit[first], items.categories[first], np.apply_along_axis(mean, 0, tastes)),
+        Items.of(items.unit[first], items.categories[first], np.apply_along_axis(mean, 0, tastes)),
         mean(item_log_odds),
         categories.numbers,
     )

@@ -60,7 +60,7 @@ class HeldBack:
         predictions: (user_id, rank, codes, log_prob) as in `negative_item_set`.
         contexts: (user_id, n_negatives, n_positives, categories) as in `user_context`.
         rates: (item_id, log_odds) as in `item_rate`.
-        item_tastes: the column `tastes` of `Items`, [items, 1 + factors].
+        item_tastes: the `tastes` of `Items.of`, [items, 1 + factors].
         user_tastes: user -> weights as in `user_taste`.
         prior_log_odds: of dislike against like over all feedback before the anchors.
     """
@@ -119,7 +119,7 @@ def collect_calibration(
     unit = generator.codebook.unit(ids.codes)
     held_back, order = _held_back(ctx, feedback, task, ids, unit)
     categories = load_categories(ctx.store, ctx.ds, ids.items, ctx.pin("item")["item"])
-    items = Items(unit, categories.of_items, held_back.item_tastes)
+    items = Items.of(unit, categories.of_items, held_back.item_tastes)
     pseudo_events = ctx.config.calibration.rate_pseudo_events
     return _features_of(held_back, ids, items, categories.numbers, generator.codebook, pseudo_events), order
 

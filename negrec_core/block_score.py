@@ -31,28 +31,37 @@ class Items:
     """Items as the score sees them.
 
     Attributes:
-        unit: unit embeddings of their semantic IDs, [n, dim]; a zero row stands for one without.
-        categories: numbers of their category and top category, int32 [n, 2]; -1: none.
-        tastes: what users' tastes act on: the items' own log odds and factors, float64 [n, 1 + factors].
+        vectors: what users' vectors are multiplied with, float32 [n, 1 + dim + factors]: the item's own log
+            odds, the unit embedding of its semantic ID (zeros for one without) and its factors.
+        categories: numbers of their category and top category, int32 [n, 2]; see `Categories`.
+        dim: length of the embeddings.
     """
 
-    unit: np.ndarray
+    vectors: np.ndarray
     categories: np.ndarray
-    tastes: np.ndarray
+    dim: int
+
+    @classmethod
+    def of(cls, unit: np.ndarray, categories: np.ndarray, tastes: np.ndarray) -> "Items":
+        """Items from their unit embeddings [n, dim], categories [n, 2] and tastes [n, 1 + factors]."""
+        vectors = np.column_stack([tastes[:, :1], unit, tastes[:, 1:]]).astype(np.float32)
+        return cls(vectors, categories, unit.shape[1])
+
+    @property
+    def unit(self) -> np.ndarray:
+        """Unit embeddings [n, dim]."""
+        return self.vectors[:, 1 : 1 + self.dim]
 
     def take(self, rows: np.ndarray | list[int]) -> "Items":
         """The items of some rows."""
-        return Items(*(part.take(rows, axis=0) for part in (self.unit, self.categories, self.tastes)))
+        return Items(self.vectors.take(rows, axis=0), self.categories.take(rows, axis=0), self.dim)
 
     def with_unknown(self, prior_log_odds: float) -> "Items":
         """The same and a last one, row -1, that stands for items of which nothing is known."""
-        taste = np.zeros((1, self.tastes.shape[1]))
-        taste[0, 0] = prior_log_odds
-        return Items(
-            np.vstack([self.unit, np.zeros((1, self.unit.shape[1]), self.unit.dtype)]),
-            np.vstack([self.categories, np.full((1, self.categories.shape[1]), -1, np.int32)]),
-            np.vstack([self.tastes, taste]),
-        )
+        unknown = np.zeros((1, self.vectors.shape[1]), np.float32)
+        unknown[0, 0] = prior_log_odds
+        none = np.zeros((1, 2), np.int32)
+        return Items(np.vstack([self.vectors, unknown]), np.vstack([self.categories, none]), self.dim)
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ class Tally:
     """How often one user disliked and liked items of each category, over the whole window.
 
     Attributes:
-        categories: numbers of the category and its top category, as those of `Items`, int32 [k, 2].
+        categories: numbers of the category and its top category, as those of `Items`, int32 [k, 2]; a number
+            may be there more than once.
         negatives: dislikes, [k].
         positives: likes, [k].
     """
@@ -144,34 +154,41 @@ def features(
     Returns:
         float64 [n, F], columns in the order of `FEATURES`.
     """
-    out = np.zeros((len(candidates.unit), len(FEATURES)))
+    queries = np.zeros((2 + len(entries), len(taste)), np.float32)
+    queries[0] = taste
+    queries[0, 0] = 1.0  # the item's own log odds
     if len(entries):
-        cosine = entries @ candidates.unit.T
         weight = np.exp(log_probs - log_probs.max())
-        out[:, 0] = cosine.max(axis=0)
-        out[:, 1] = (weight / weight.sum()) @ cosine
-    out[:, 2] = item_log_odds
-    out[:, 3] = user_log_odds
-    prior = sigmoid(prior_log_odds)
-    for level in range(2):  # the category, then its top category
-        # Number 0 stands for none, of which nothing is counted.
-        here, tallied = candidates.categories[:, level] + 1, tally.categories[:, level] + 1
-        most = int(here.max(initial=0)) + 1
-        counts = [np.bincount(tallied, n * (tallied > 0), most) for n in (tally.negatives, tally.positives)]
-        negatives, positives = (count.take(here) for count in counts)
-        out[:, 4 + level] = smoothed_log_odds(negatives, positives, prior, pseudo_events)
-    dim = candidates.unit.shape[1]
-    own, factors = candidates.tastes[:, 0], candidates.tastes[:, 1:]
-    out[:, 6] = own + candidates.unit @ taste[1 : 1 + dim] + factors @ taste[1 + dim :]
-    out[:, 7] = taste[0]
-    out[:, 8] = not taste.any()
-    return out
+        queries[2:, 1 : 1 + candidates.dim] = entries
+        queries[1] = (weight / weight.sum()) @ queries[2:]
+    products = queries @ candidates.vectors.T
+    out = np.empty((len(FEATURES), len(candidates.vectors)))
+    out[0] = products[2:].max(axis=0) if len(entries) else 0.0
+    out[1] = products[1]
+    out[2] = item_log_odds
+    out[3] = user_log_odds
+    out[4:6] = _category_log_odds(candidates.categories, tally, prior_log_odds, pseudo_events).T
+    out[6] = products[0]
+    out[7] = taste[0]
+    out[8] = not taste.any()
+    return out.T
+
+
+def _category_log_odds(categories: np.ndarray, tally: Tally, prior: float, pseudo: float) -> np.ndarray:
+    """The user's smoothed log odds within categories, in the shape of `categories`; the prior within none."""
+    own = tally.categories.ravel()
+    negatives, positives = (
+        np.bincount(own, np.repeat(counts, 2)).take(own) for counts in (tally.negatives, tally.positives)
+    )
+    log_odds = np.full(1 + max(categories.max(initial=0), own.max(initial=0)), prior)
+    log_odds[own] = smoothed_log_odds(negatives, positives, sigmoid(prior), pseudo)
+    log_odds[0] = prior  # number 0 is no category
+    return log_odds.take(categories)
 
 
 def user_weights(weights: Sequence[float] | np.ndarray | None, items: Items) -> np.ndarray:
     """The taste of a row of `user_taste`, float64 [1 + dim + factors]; zeros where there is none."""
-    width = items.unit.shape[1] + items.tastes.shape[1]
-    return np.zeros(width) if weights is None else np.array(weights, np.float64)
+    return np.zeros(items.vectors.shape[1]) if weights is None else np.array(weights, np.float64)
 
 
 def smoothed_log_odds(

@@ -138,7 +138,7 @@ class BlockList:
         A user or item that is not known is judged by what is known of the other.
         """
         snapshot = self._snapshot
-        return snapshot.score.score(snapshot.features(user_id, item_ids))
+        return snapshot.score.score(snapshot.features(snapshot.row_of(user_id), item_ids))
 
     def allowed(self, user_id: str, item_ids: Sequence[str]) -> list[str]:
         """The items to show, in the order given: those under the threshold.
@@ -148,11 +148,10 @@ class BlockList:
         exempt, no item that is exempt, nor anything once the list has expired or was withdrawn.
         """
         snapshot, exempt = self._snapshot, self._exemptions
-        if user_id not in snapshot.users or user_id in exempt.users:
+        user = snapshot.users.get(user_id, -1)
+        if user < 0 or user_id in exempt.users or not self._holds(snapshot) or not len(item_ids):
             return list(item_ids)
-        if not self._holds(snapshot) or not len(item_ids):
-            return list(item_ids)
-        scores = snapshot.score.score(snapshot.features(user_id, item_ids))
+        scores = snapshot.score.score(snapshot.features(user, item_ids))
         if exempt.items:
             scores[[item in exempt.items for item in item_ids]] = -np.inf
         keep = scores < self._threshold_in(snapshot)
@@ -167,9 +166,10 @@ class BlockList:
         """What the score of one item rests on."""
         snapshot, exemptions = self._snapshot, self._exemptions
         exempt = USER if user_id in exemptions.users else ITEM if item_id in exemptions.items else None
-        row = snapshot.features(user_id, [item_id])
+        user = snapshot.row_of(user_id)
+        row = snapshot.features(user, [item_id])
         score = float(snapshot.score.score(row)[0])
-        span = snapshot.span(user_id)
+        span = snapshot.span(user)
         listed = span.stop > span.start
         rank = because = reason = None
         if listed:

@@ -126,12 +126,14 @@ class Codebook:
             InputError: as `embed`, unless `checked`.
         """
         total = self._sum(codes) if checked else self.embed(codes)
-        norm = np.sqrt(np.einsum("nd,nd->n", total, total))[:, None]
-        return total / np.where(norm > 0, norm, np.float32(1))
+        norm = np.sqrt(np.einsum("nd,nd->n", total, total))
+        norm[norm == 0] = 1.0
+        total /= norm[:, None]
+        return total
 
     def _sum(self, codes: np.ndarray) -> np.ndarray:
-        total = np.zeros((len(codes), self.dim), np.float32)
-        for level, words in enumerate(self.codewords):
+        total = self.codewords[0].take(codes[:, 0], axis=0)
+        for level, words in enumerate(self.codewords[1:], 1):
             total += words.take(codes[:, level], axis=0)
         return total
 

@@ -34,12 +34,12 @@ def load_items(
 
 @dataclass(frozen=True)
 class Categories:
-    """Categories by number; the numbers mean nothing beyond one object.
+    """Categories by number, from 1; the numbers mean nothing beyond one object.
 
     Attributes:
         numbers: category path -> numbers of the category and of its top category, which is the part of
-            the path before the first slash.
-        of_items: the same of some items, int32 [n, 2]; -1 where there is none.
+            the path before the first slash. No category has the number of a top category.
+        of_items: the same of some items, int32 [n, 2]; 0 where there is none.
     """
 
     numbers: dict[str, tuple[int, int]]
@@ -52,20 +52,17 @@ def load_categories(
     """All categories of the catalogue on `ds`, and those of `item_ids`."""
     rows = load_items(store, ds, version, ["category"])
     paths = dict(zip(rows["item_id"].to_pylist(), rows["category"].to_pylist(), strict=True))
-    numbers: dict[str, tuple[int, int]] = {}
-    tops: dict[str, int] = {}
-    for path in filter(None, paths.values()):
-        top = tops.setdefault(path.split("/")[0], len(tops))
-        numbers.setdefault(path, (len(numbers), top))
-    none = (-1, -1)
-    of_items = [numbers.get(paths.get(item) or "", none) for item in item_ids]
+    known = sorted({path for path in paths.values() if path})
+    tops = {top: 1 + n for n, top in enumerate(dict.fromkeys(path.split("/")[0] for path in known))}
+    numbers = {path: (1 + len(tops) + n, tops[path.split("/")[0]]) for n, path in enumerate(known)}
+    of_items = [numbers.get(paths.get(item) or "", (0, 0)) for item in item_ids]
     return Categories(numbers, np.array(of_items, np.int32).reshape(-1, 2))
 
 
 def load_item_tastes(
     store: DeltaStore, ds: str, items: list[str], version: int, prior_log_odds: float
 ) -> np.ndarray:
-    """The column `tastes` of `Items`, float64 [items, 1 + factors]; an item without a row has the prior.
+    """The `tastes` of `Items.of`, float64 [items, 1 + factors]; an item without a row has the prior.
 
     Args:
         store: the warehouse.

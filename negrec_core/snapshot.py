@@ -131,38 +131,35 @@ class Snapshot:
     catalogue: Items
     item_log_odds: np.ndarray
 
-    def features(self, user_id: str, item_ids: Sequence[str]) -> np.ndarray:
-        """Block-score features [n, F] of items for a user."""
-        rows = self.items.rows(item_ids)
-        user = self.users.get(user_id, -1)
-        span = slice(0, 0)
-        if user >= 0:
-            span = self._entries_of(user)
-        else:
-            user = self.others.get(user_id, len(self.user_log_odds) - 1)
+    def row_of(self, user_id: str) -> int:
+        """Row of a user; the last for one who is not known. Those with entries are below `len(users)`."""
+        row = self.users.get(user_id, -1)
+        return row if row >= 0 else self.others.get(user_id, len(self.user_log_odds) - 1)
+
+    def features(self, user: int, item_ids: Sequence[str]) -> np.ndarray:
+        """Block-score features [n, F] of items for the user of a row."""
+        rows, span = self.items.rows(item_ids), self.span(user)
         return features(
             self.catalogue.take(rows),
             self.entry_units(span),
             self.log_probs[span],
             self.tallies.of(user),
             self.tastes[user],
-            self.item_log_odds[rows],
+            self.item_log_odds.take(rows),
             float(self.user_log_odds[user]),
             self.score.prior_log_odds,
             self.score.pseudo_events,
         )
 
-    def span(self, user_id: str) -> slice:
-        """Where the entries of a user are; empty for a user without any."""
-        row = self.users.get(user_id, -1)
-        return self._entries_of(row) if row >= 0 else slice(0, 0)
+    def span(self, user: int) -> slice:
+        """Where the entries of the user of a row are; empty for a user without any."""
+        if user >= len(self.users):
+            return slice(0, 0)
+        return slice(int(self.starts[user]), int(self.starts[user + 1]))
 
     def entry_units(self, span: slice) -> np.ndarray:
         """Unit embeddings of the predicted IDs of some entries, float32 [n, dim]."""
         return self.codebook.unit(self.codes[span], checked=True)  # by `_codes_of`
-
-    def _entries_of(self, row: int) -> slice:
-        return slice(int(self.starts[row]), int(self.starts[row + 1]))
 
 
 def newest_list(store: DeltaStore, today: dt.date) -> Published:
@@ -300,9 +297,9 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         store.files("user_context", [ds], inputs["user_context"]), users, categories.numbers, score
     )
     item_tastes = load_item_tastes(store, ds, ids.items, inputs["item_taste"], prior)
-    catalogue = Items(item_unit, categories.of_items, item_tastes).with_unknown(prior)
-    width = item_unit.shape[1] + item_tastes.shape[1]
-    tastes = _tastes(store.files("user_taste", [ds], inputs["user_taste"]), users, others, width)
+    catalogue = Items.of(item_unit, categories.of_items, item_tastes).with_unknown(prior)
+    files = store.files("user_taste", [ds], inputs["user_taste"])
+    tastes = _tastes(files, users, others, catalogue.vectors.shape[1])
     return Snapshot(
         ds=ds,
         revision=found.revision,
@@ -361,7 +358,7 @@ def _read_entries(files: Sequence[str], codebook: Codebook) -> _Entries:
         log_probs[here] = rows["log_prob"]
         users = rows["user_id"].unify_dictionaries().combine_chunks()
         row = users.indices.to_numpy()
-        first = np.flatnonzero(np.diff(row, prepend=-1))
+        first = np.flatnonzero(np.append(True, row[1:] != row[:-1])[: len(row)])
         return (
             users.dictionary.take(pa.array(row[first])),
             np.diff(first, append=len(row)),
@@ -498,13 +495,13 @@ def _rows_of(users: pa.ChunkedArray, indices: Sequence[StringIndex]) -> np.ndarr
 
 
 def _tallies(lists: pa.ChunkedArray, numbers: dict[str, tuple[int, int]], order: np.ndarray) -> Tallies:
-    """Lists of category counts in the given order; a category that no item has any more gets -1."""
+    """Lists of category counts in the given order; a category that no item has any more gets 0."""
     categories, negatives, positives = [], [], []
     for chunk in lists.chunks:
         counts = pc.list_flatten(chunk)
         paths = pc.struct_field(counts, "category")
         of_path = np.array(
-            [numbers.get(path, (-1, -1)) for path in paths.dictionary.to_pylist()], np.int32
+            [numbers.get(path, (0, 0)) for path in paths.dictionary.to_pylist()], np.int32
         ).reshape(-1, 2)
         categories.append(of_path.take(paths.indices.to_numpy(), axis=0))
         negatives.append(pc.struct_field(counts, "n_negatives").to_numpy())

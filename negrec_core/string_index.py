@@ -11,6 +11,9 @@ _WORD = 8
 _BITS = (1 << 64) - 1
 _ODD = 0x9E3779B97F4A7C15
 _LENGTH = 0xD6E8FEB86659FD93
+# Names of a table that a name may push on before the table is made larger; far more than chance asks for.
+_ROUNDS = 200
+_SPREAD = np.int64(_ODD - (1 << 64))
 
 
 class StringIndex(Mapping[str, int]):
@@ -91,39 +94,59 @@ class NameTable:
     """Distinct strings -> 0, 1, ... in their order, hundreds at a time; never changed.
 
     A dict waits for memory three times for each string; here the strings of a page are looked up together.
-    They are told apart by Python's 64-bit hash alone, which is keyed anew in every process: a string that is
-    not in a table of n is taken for one of them with a chance of n / 2**64.
+    Each is at one of two places (cuckoo hashing), so that two looks find any of them. They are told apart by
+    Python's 64-bit hash alone, which is keyed anew in every process: a string that is not in a table of n is
+    taken for one of them with a chance of n / 2**64.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         """A table of distinct strings."""
-        # At most a quarter full, so that most are found at their first place.
-        self._mask = (1 << (4 * len(names)).bit_length()) - 1
+        hashes = _keyed_hashes(names)
+        # At most a quarter full, so that most are at their first place.
+        bits = (4 * len(names)).bit_length()
+        while (owners := _owners(hashes, bits)) is None:
+            bits += 1
+        self._bits = bits
         # Each place holds a hash and a number, side by side in memory; -1 where it is free.
-        self._places = np.full((self._mask + 1, 2), -1, np.int64)
-        hashes, left = _keyed_hashes(names), np.arange(len(names))
-        place = hashes & self._mask
-        while len(left):
-            free = self._places[place, 1] < 0
-            self._places[place[free], 1] = left[free]  # of several that want a place the last has it
-            here = self._places[place, 1] == left
-            self._places[place[here], 0] = hashes[left[here]]
-            left, place = left[~here], (place[~here] + 1) & self._mask
+        self._places = np.full((len(owners), 2), -1, np.int64)
+        taken = np.flatnonzero(owners >= 0)
+        self._places[taken] = np.column_stack([hashes[owners[taken]], owners[taken]])
 
     def rows(self, names: Sequence[str]) -> np.ndarray:
         """The number of each string, -1 for one that is not in the table: int64 [n]."""
         hashes = _keyed_hashes(names)
-        place = hashes & self._mask
-        found = self._places.take(place, axis=0)
+        found = self._places.take(_first_place(hashes, self._bits), axis=0)
         out = found[:, 1]
-        # Another string has the place: look at the next one.
-        wrong = np.flatnonzero((found[:, 0] != hashes) & (out >= 0))
-        while len(wrong):
-            place[wrong] = (place[wrong] + 1) & self._mask
-            found = self._places[place[wrong]]
-            out[wrong] = found[:, 1]
-            wrong = wrong[(found[:, 0] != hashes[wrong]) & (found[:, 1] >= 0)]
+        elsewhere = np.flatnonzero(found[:, 0] != hashes)
+        left = hashes[elsewhere]
+        found = self._places.take(_second_place(left, self._bits), axis=0)
+        out[elsewhere] = np.where(found[:, 0] == left, found[:, 1], -1)
         return out
+
+
+def _owners(hashes: np.ndarray, bits: int) -> np.ndarray | None:
+    """Which name has each of `2**bits` places, -1 for none: int64. None if a name would be without."""
+    choices = np.stack([_first_place(hashes, bits), _second_place(hashes, bits)])
+    owners = np.full(1 << bits, -1)
+    left, choice = np.arange(len(hashes)), np.zeros(len(hashes), np.int64)
+    for _ in range(_ROUNDS):
+        if not len(left):
+            return owners
+        places = choices[choice[left], left]
+        before = owners[places]
+        owners[places] = left  # of several that want a place the last has it
+        there = owners[places] == left
+        left = np.concatenate([left[~there], before[there & (before >= 0)]])
+        choice[left] ^= 1
+    return None
+
+
+def _first_place(hashes: np.ndarray, bits: int) -> np.ndarray:
+    return hashes & ((1 << bits) - 1)
+
+
+def _second_place(hashes: np.ndarray, bits: int) -> np.ndarray:
+    return (hashes * _SPREAD >> 32) & ((1 << bits) - 1)
 
 
 def _keyed_hashes(names: Sequence[str]) -> np.ndarray:

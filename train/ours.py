@@ -58,7 +58,7 @@ def pair_features(snapshot: Snapshot, pairs: pd.DataFrame) -> np.ndarray:
     out = np.zeros((len(pairs), len(FEATURES)))
     items = pairs["item_id"].to_numpy()
     for user, rows in pairs.groupby("user_id", sort=False).indices.items():
-        out[rows] = snapshot.features(str(user), items[rows].tolist())
+        out[rows] = snapshot.features(snapshot.row_of(str(user)), items[rows].tolist())
     return out
 
 

@@ -30,10 +30,15 @@ def unit_rows(rng, n, dim):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+def some_categories(rng, n):
+    """Numbers of categories, 1 to 3, and of top categories, 4 to 6; 0 for none."""
+    columns = [rng.choice(numbers, n) for numbers in ([0, 1, 2, 3], [0, 4, 5, 6])]
+    return np.column_stack(columns).astype(np.int32)
+
+
 def some_items(rng, n, dim, unknown=0):
     """Random items; the last ones are such that nothing is known of."""
-    kinds = rng.integers(-1, 3, (n, 2)).astype(np.int32)
-    items = Items(unit_rows(rng, n, dim), kinds, rng.normal(size=(n, 1 + FACTORS)))
+    items = Items.of(unit_rows(rng, n, dim), some_categories(rng, n), rng.normal(size=(n, 1 + FACTORS)))
     return items.with_unknown(PRIOR) if unknown else items
 
 
@@ -44,7 +49,7 @@ def some_taste(rng, dim):
 
 def some_tally(rng, n):
     """Counts of n categories, some of which share their numbers."""
-    return Tally(rng.integers(-1, 3, (n, 2)), rng.integers(0, 5, n), rng.integers(0, 5, n))
+    return Tally(some_categories(rng, n), rng.integers(0, 5, n), rng.integers(0, 5, n))
 
 
 def features_by_loop(
@@ -56,8 +61,9 @@ def features_by_loop(
         return sum(float(a) * float(b) for a, b in zip(one, other, strict=True))
 
     rows = []
-    every = zip(candidates.unit, candidates.categories, candidates.tastes, item_log_odds, strict=True)
-    for candidate, kinds, (own, *factors), item in every:
+    every = zip(candidates.vectors, candidates.categories, item_log_odds, strict=True)
+    for (own, *vector), kinds, item in every:
+        candidate = vector[: entries.shape[1]]
         similarity, affinity, total = -math.inf, 0.0, 0.0
         for entry, log_prob in zip(entries, log_probs, strict=True):
             similarity = max(similarity, cosine(candidate, entry))
@@ -71,12 +77,12 @@ def features_by_loop(
                 sum(
                     count
                     for other, count in zip(tally.categories, counts, strict=True)
-                    if kind >= 0 and other[level] == kind
+                    if kind > 0 and other[level] == kind
                 )
                 for counts in (tally.negatives, tally.positives)
             )
             within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
-        liking = own + cosine(taste[1:], [*candidate, *factors])
+        liking = own + cosine(taste[1:], vector)
         rows.append(
             [
                 similarity,
@@ -106,7 +112,7 @@ def test_features_equal_a_plain_loop(n, m, n_categories, new, seed):
     np.testing.assert_allclose(ours, features_by_loop(*inputs), atol=1e-5)
     assert ours.shape == (n + 1, len(FEATURES))
     assert (ours[-1, :2] == 0).all()
-    assert ours[-1, FEATURES.index("taste")] == PRIOR
+    assert ours[-1, FEATURES.index("taste")] == np.float32(PRIOR)
 
 
 def test_affinity_survives_tiny_probabilities():

@@ -186,7 +186,7 @@ def test_rows_may_lie_in_any_order_and_ranks_may_have_gaps(copy, blocks):
     write(store, "block_list", rows, DS, 2, provenance)
     shuffled = BlockList.open(root, today=TODAY)
     for user in ("ann", "zoé"):
-        span = shuffled.snapshot.span(user)
+        span = shuffled.snapshot.span(shuffled.snapshot.row_of(user))
         assert shuffled.snapshot.ranks[span].tolist() == [1, 3]
         first, _, third = ENTRIES[user]
         assert shuffled.snapshot.because[span.start].as_py() == first.because
@@ -739,8 +739,8 @@ def test_a_call_sees_one_list_though_it_is_swapped_meanwhile(swapping, monkeypat
     publish(root, version, ITEMS, ENTRIES, score=HIGH, revision=3)
     original = Snapshot.features
 
-    def features_then_swap(snapshot, user_id, item_ids):
-        found = original(snapshot, user_id, item_ids)
+    def features_then_swap(snapshot, user, item_ids):
+        found = original(snapshot, user, item_ids)
         blocks.refresh()
         return found
 
@@ -822,7 +822,9 @@ def test_ids_of_many_levels_are_told_apart(tmp_path):
     publish(tmp_path, manifest.version, items, {"ann": [Entry(row) for row in rows]})
     snapshot = load_snapshot(tmp_path, TODAY)
     np.testing.assert_array_equal(snapshot.codes, codes)
-    np.testing.assert_array_equal(snapshot.entry_units(snapshot.span("ann")), codebook.unit(codes))
+    np.testing.assert_array_equal(
+        snapshot.entry_units(snapshot.span(snapshot.row_of("ann"))), codebook.unit(codes)
+    )
 
 
 def test_the_reader_needs_no_pandas(warehouse):

@@ -18,7 +18,7 @@ from negrec_core.semantic_ids import SemanticIds
 SETTINGS = load_config(environment={}).calibration
 TRUE = np.array([2.0, 1.0, 1.0, 0.5, 0.7, 0.4, 0.6, 0.5, 0.8])
 CODEBOOK = small_codebook()
-PATHS = {"a/x": (0, 0), "a/y": (1, 0), "b": (2, 1)}
+PATHS = {"a/x": (3, 1), "a/y": (4, 1), "b": (5, 2)}
 CATEGORY_COUNT = pa.struct(
     [("category", pa.string()), ("n_negatives", pa.int32()), ("n_positives", pa.int32())]
 )
@@ -102,13 +102,13 @@ def features_by_loop(label, predictions, contexts, rates, tastes, ids, categorie
     context = next((row for row in contexts if row["user_id"] == label["user_id"]), None)
     share = 1 / (1 + math.exp(-prior))
     n_negatives, n_positives = (context["n_negatives"], context["n_positives"]) if context else (0, 0)
-    own_kinds = categories.get(label["item_id"], (-1, -1))
+    own_kinds = categories.get(label["item_id"], (0, 0))
     within = []
     for level, kind in enumerate(own_kinds):
         same = [
             row
             for row in (context["categories"] if context else [])
-            if kind >= 0 and PATHS.get(row["category"], (-1, -1))[level] == kind
+            if kind > 0 and PATHS.get(row["category"], (0, 0))[level] == kind
         ]
         bad, good = (sum(row[column] for row in same) for column in ("n_negatives", "n_positives"))
         within.append(math.log((bad + pseudo * share) / (good + pseudo * (1 - share))))
@@ -195,13 +195,13 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     known = SemanticIds(
         items, np.array([ids[item] for item in items], np.int32), {item: n for n, item in enumerate(items)}
     )
-    categories = {item: PATHS.get(str(rng.choice([*PATHS, "none"])), (-1, -1)) for item in items}
+    categories = {item: PATHS.get(str(rng.choice([*PATHS, "none"])), (0, 0)) for item in items}
     kinds = np.array([categories[item] for item in items], np.int32)
     item_tastes = rng.normal(size=(len(items), 2))
     user_tastes = {user: rng.normal(size=1 + CODEBOOK.dim + 1) for user in users[:4]}
     tastes = dict(zip(items, item_tastes, strict=True)), user_tastes
     back = held_back(labels, predictions, contexts, rates, prior, item_tastes, user_tastes)
-    catalogue = Items(CODEBOOK.unit(known.codes), kinds, back.item_tastes)
+    catalogue = Items.of(CODEBOOK.unit(known.codes), kinds, back.item_tastes)
     ours = _features_of(back, known, catalogue, PATHS, CODEBOOK, pseudo)
 
     ordered = sorted(labels, key=lambda label: (label["user_id"], label["item_id"]))

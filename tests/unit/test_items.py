@@ -64,8 +64,8 @@ def test_categories_are_numbered_whole_and_by_their_first_part(tmp_path):
     write_rows(store, "item", [{"item_id": "a", "category": "Games"}], DAYS[1])
     asked = [*paths, "not there"]
     whole, top = load_categories(store, DAYS[2], asked, before).of_items.T.tolist()
-    assert whole == [0, 1, 0, 2, -1, -1, -1]
-    assert top == [0, 0, 0, 1, -1, -1, -1]
+    assert whole == [5, 4, 5, 3, 0, 0, 0]
+    assert top == [2, 2, 2, 1, 0, 0, 0]
     newest = load_categories(store, DAYS[2], asked).of_items
     assert newest[0, 0] == newest[3, 0]
     assert newest[0, 1] == newest[3, 1]

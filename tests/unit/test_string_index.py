@@ -46,7 +46,7 @@ def test_a_table_is_a_dict_of_its_names(present, others):
 
 
 def test_names_that_want_one_place_of_a_table_have_places_of_their_own(monkeypatch):
-    # All hashes differ in their upper bits alone, which choose no place.
+    # All hashes differ in their upper bits alone, which do not choose the first place.
     monkeypatch.setattr(
         string_index, "_keyed_hashes", lambda names: np.array([int(name) << 20 for name in names], np.int64)
     )
