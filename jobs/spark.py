@@ -68,6 +68,9 @@ def open_session(settings: SparkConfig, timezone: str, progress: bool) -> "Spark
         "spark.sql.session.timeZone": timezone,
         "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
         "spark.sql.parquet.compression.codec": "zstd",
+        # Room for the names of some 400,000 items (1 MiB by default): a column that outgrows its dictionary
+        # is written in full, and takes the block list's reader five times as long.
+        "spark.hadoop.parquet.dictionary.page.size": str(8 << 20),
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.ansi.enabled": "true",
         # How threads wait is set for the driver by jobs.console; executors elsewhere do not inherit it.

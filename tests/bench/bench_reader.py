@@ -312,7 +312,13 @@ def _write(
         if "bucket" in declared.partition_by:
             place /= f"bucket={bucket}"
         place.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(arrays, schema=declared.body), place / "part-0.parquet")
+        # As Spark is told to write them.
+        pq.write_table(
+            pa.table(arrays, schema=declared.body),
+            place / "part-0.parquet",
+            compression="zstd",
+            dictionary_pagesize_limit=8 << 20,
+        )
     return store.commit(table, run, {DS: 1}, Provenance(inputs or {}, models))
 
 

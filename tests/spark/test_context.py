@@ -144,6 +144,16 @@ def test_files_are_as_declared(spark: SparkSession, frame: Frame, store: DeltaSt
         assert users == sorted(users)
 
 
+def test_the_names_of_many_items_stay_in_a_dictionary(spark: SparkSession, tmp_path: Path) -> None:
+    """Of Parquet: otherwise the block list's reader would hash each name again."""
+    names = F.format_string("an item with a name of its own %d", F.expr("id div 4"))
+    spark.range(0, 200_000, 1, 1).select(names.alias("item_id")).write.parquet(str(tmp_path / "names"))
+    [file] = (tmp_path / "names").glob("*.parquet")
+    column = pq.ParquetFile(file).metadata.row_group(0).column(0)
+    assert "PLAIN_DICTIONARY" in column.encodings
+    assert "PLAIN" not in column.encodings
+
+
 def test_an_empty_frame_replaces(spark: SparkSession, frame: Frame, store: DeltaStore) -> None:
     made = frame(TABLE, CONTEXTS).drop("ds", "bucket")
     write(store, made, D1)
