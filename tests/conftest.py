@@ -38,6 +38,16 @@ settings.register_profile("negrec", deadline=None, derandomize="CI" in os.enviro
 settings.load_profile("negrec")
 
 REPO = Path(__file__).resolve().parents[1]
+# Test files that take more than a minute, by time.
+_LONGEST = (
+    "test_pipeline.py",
+    "test_curriculum.py",
+    "test_cluster.py",
+    "test_import_log.py",
+    "test_ablation.py",
+    "test_negative_item_set.py",
+    "test_gates.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,15 +61,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, and the others that want a JVM last.
+    """The longest files first, so that two workers end together.
 
-    So two workers end together, and neither waits until the archive of Java's classes is made.
+    The first makes the archive of Java's classes, for which others that want a JVM would wait; the second
+    wants none.
     """
     items.sort(
-        key=lambda item: (
-            item.path.name != "test_pipeline.py",
-            item.path.parent.name in ("cluster", "spark"),
-        )
+        key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST)
     )
 
 

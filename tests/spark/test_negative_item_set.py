@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,6 @@ class Site:
         self.spark = spark
         self.model = "generator-1"
         self.generated: list[str] = []
-        self.open().store.create_tables()
 
     def open(self, *settings: str) -> Warehouse:
         warehouse = Warehouse(self.root, load_config([], [*SETTINGS, *settings], {}))
@@ -130,21 +130,36 @@ def event(item: str, age: int, reason: str | None) -> Row:
     return {"item_id": item, "event_time": when, "reason_class": reason}
 
 
+def generating(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.setattr(jobs.negative_item_set, "open_generator", site.generator)
+    monkeypatch.setattr(jobs.negative_item_set, "generate", site.generate)
+    return site
+
+
+@pytest.fixture(scope="module")
+def second_day(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse: `D0` gave four items an ID; on `D1` sets were generated for seven users."""
+    root = tmp_path_factory.mktemp("second day") / "warehouse"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        made = generating(Site(root, spark), monkeypatch)
+        made.open().store.create_tables()
+        for ds, dislikes in ((D1, (1, 2, 3, 0)), (D2, (9, 2, 3, 4)), (D3, (9, 2, 9, 0))):
+            made.market(ds, *dislikes)
+        made.ids(D0, "abcd")
+        made.ids(D1, "")
+        made.contexts(D1, LISTS)
+        made.run(D1)
+        assert sorted(made.generated) == sorted(LISTS)
+        assert set(made.origin(D1).values()) == {None}
+    return root
+
+
 @pytest.fixture
-def site(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """`D0` gave four items an ID; on `D1` sets were generated for seven users."""
-    made = Site(tmp_path / "warehouse", spark)
-    monkeypatch.setattr(jobs.negative_item_set, "open_generator", made.generator)
-    monkeypatch.setattr(jobs.negative_item_set, "generate", made.generate)
-    for ds, dislikes in ((D1, (1, 2, 3, 0)), (D2, (9, 2, 3, 4)), (D3, (9, 2, 9, 0))):
-        made.market(ds, *dislikes)
-    made.ids(D0, "abcd")
-    made.ids(D1, "")
-    made.contexts(D1, LISTS)
-    made.run(D1)
-    assert sorted(made.generated) == sorted(LISTS)
-    assert set(made.origin(D1).values()) == {None}
-    return made
+def site(second_day: Path, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A copy of that warehouse of one's own."""
+    root = tmp_path / "warehouse"
+    shutil.copytree(second_day, root)
+    return generating(Site(root, spark), monkeypatch)
 
 
 LISTS: Lists = {

@@ -1,6 +1,7 @@
 """The whole pipeline on a small world: from a log to a published list, and all that may go wrong."""
 
 import datetime as dt
+import multiprocessing as mp
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ import pyspark
 import pytest
 from disks import SmallDisk
 from java_classes import java_options
+from killed_driver import drive
 from object_stores import ObjectStore
 from other_readers import plain_rows, read_by_duckdb, read_by_log
 from pyspark.sql import SparkSession
@@ -61,6 +63,10 @@ from train.codebook import train_codebook
 from train.evaluate import evaluate
 from train.generator import train_generator
 from train.ours import generation_score
+
+# Drivers are forked from a process that has imported most of what they need.
+DRIVERS = mp.get_context("forkserver")
+DRIVERS.set_forkserver_preload(["jobs.cli", "jobs.pipeline", "pyspark.sql"])
 
 # Read by torch in Spark's workers: threads that wait must not take the cores of those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -359,7 +365,7 @@ def test_spark_submit_makes_the_list_of_the_next_day(next_day: Site) -> None:
     assert listed
 
 
-def make_day(root: Path, folder: Path, *death: object) -> bool:
+def make_day(root: Path, folder: Path, *death: Any) -> bool:
     """`negrec run` in a process of its own that kills itself as `death` says; see killed_driver.py.
 
     Returns:
@@ -375,22 +381,19 @@ def make_day(root: Path, folder: Path, *death: object) -> bool:
         "spark.conf={spark.sql.codegen.wholeStage: 'false', spark.sql.codegen.factoryMode: NO_CODEGEN,"
         " spark.sql.adaptive.enabled: 'false'}",
     )
-    command = [sys.executable, str(REPO / "tests" / "spark" / "killed_driver.py"), *map(str, death)]
-    command += ["--warehouse", str(root), *OPTIONS, *(part for one in quick for part in ("--set", one))]
-    command += ["run", *MAKE_NEXT_DAY]
+    arguments = ["--warehouse", str(root), *OPTIONS, *(part for one in quick for part in ("--set", one))]
+    arguments += ["run", *MAKE_NEXT_DAY]
     # Whoever is killed does not clear up.
-    env = {**os.environ, "SPARK_LOCAL_DIRS": str(folder / "spark"), "PYTHONPATH": str(REPO)}
-    with (folder / "log").open("ab") as out:
-        driver = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=out, stderr=out, start_new_session=True
-        )
-        try:
-            returned = driver.wait(300)
-        finally:
-            if driver.poll() is None:
-                os.killpg(driver.pid, signal.SIGKILL)
-    assert returned in (0, -signal.SIGKILL), (folder / "log").read_text()[-3000:]
-    return returned != 0
+    environment = {"SPARK_LOCAL_DIRS": str(folder / "spark"), "PYTHONPATH": str(REPO)}
+    driver = DRIVERS.Process(target=drive, args=(death, arguments, folder, environment))
+    driver.start()
+    try:
+        driver.join(300)
+    finally:
+        if driver.exitcode is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.exitcode in (0, -signal.SIGKILL), (folder / "log").read_text()[-3000:]
+    return driver.exitcode != 0
 
 
 def deaths(draw: random.Random, kills: int, writes: int) -> Iterator[tuple[int, float, str]]:

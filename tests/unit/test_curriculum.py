@@ -279,6 +279,7 @@ import test_curriculum as here
 from negrec_core.delta import DeltaStore
 from train.steps import processes
 manifest = here.trained(DeltaStore(Path(sys.argv[1])), here.RARE_CHECKPOINTS)
+assert "vllm" not in sys.modules
 state = processes()
 said = (state.process_index, state.num_processes, torch.distributed.get_backend(), manifest.version)
 # In one write, or what two processes print is mixed up.
