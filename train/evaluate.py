@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from negrec_core.artefacts import on_this_machine
 from negrec_core.block_score import FEATURES
 from negrec_core.blocklist import load_snapshot
 from negrec_core.config import Config
@@ -154,7 +155,8 @@ def evaluate(
     methods = ours(store, warehouse / "models", config.generation, snapshot, predicted)
     methods |= baselines(known, users, seed)
     if sequential:
-        methods |= sequential_baselines(known, users, seed, sequential)
+        unfinished = on_this_machine(warehouse / "models") / "sequential" / f"{ds}-{seed}"
+        methods |= sequential_baselines(known, users, seed, sequential, unfinished)
     else:
         log.info("without sequential recommenders; `make recbole`, then --sequential PYTHON, adds them")
     # Most candidates are exposures too, and a generator reads the user's prompt once for both.

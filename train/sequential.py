@@ -15,9 +15,11 @@ one that ranks each user's last known dislike best (NDCG@20; that event and late
 again on all that is known. A log of more than 50,000 dislikes is sampled.
 """
 
+import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -98,7 +100,9 @@ class Probabilities:
         return out
 
 
-def sequential_baselines(known: Known, users: list[str], seed: int, python: Path) -> dict[str, Method]:
+def sequential_baselines(
+    known: Known, users: list[str], seed: int, python: Path, unfinished: Path
+) -> dict[str, Method]:
     """RecBole's models on dislikes and on both polarities, by name.
 
     Args:
@@ -106,6 +110,7 @@ def sequential_baselines(known: Known, users: list[str], seed: int, python: Path
         users: whom they are asked for.
         seed: of their weights, their batches and the likes drawn.
         python: the Python of RecBole's environment.
+        unfinished: where each model is kept until all are done, so that whoever was stopped goes on there.
 
     Raises:
         MissingError: no dislikes, or RecBole does not run there.
@@ -114,7 +119,7 @@ def sequential_baselines(known: Known, users: list[str], seed: int, python: Path
     own = own_dislikes(known)
 
     def method(polarities: str, model: str) -> Method:
-        chances = fit(known, asked, model, polarities == BOTH, seed, python)
+        chances = fit(known, asked, model, polarities == BOTH, seed, python, unfinished)
         return Method(chances.scores, chances.sets(known.leaf, own))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -124,18 +129,32 @@ def sequential_baselines(known: Known, users: list[str], seed: int, python: Path
             for model in MODELS
         }
         try:
-            return {name: task.result() for name, task in methods.items()}
+            found = {name: task.result() for name, task in methods.items()}
         finally:
             # After a failure the rest must not start.
             pool.shutdown(cancel_futures=True)
+    # A mapped file stays until nothing maps it.
+    shutil.rmtree(unfinished)
+    return found
 
 
 def fit(
-    known: Known, users: pd.Index, model: str, both: bool, seed: int, python: Path, **budget: object
+    known: Known,
+    users: pd.Index,
+    model: str,
+    both: bool,
+    seed: int,
+    python: Path,
+    kept: Path,
+    **budget: object,
 ) -> Probabilities:
-    """Fit one model in RecBole's environment and ask it for `users`; `budget` overrides the job's entries."""
+    """Fit one model in RecBole's environment and ask it for `users`; `budget` overrides the job's entries.
+
+    What is made is kept in the folder `kept`, by the digest of all that it is made of, and not made again.
+    """
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="negrec-recbole-") as folder:
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fit-", dir=kept) as folder:
         work = Path(folder)
         items = export(known, users, both, work)
         job = {
@@ -151,10 +170,14 @@ def fit(
             "seed": seed,
         }
         (work / "job.json").write_text(json.dumps(job | budget))
-        _run(python, work, model)
-        report = json.loads((work / "report.json").read_text())
-        # The array outlives the folder: a mapped file stays until nothing maps it.
-        logs = np.load(work / "log_probabilities.npy", mmap_mode="r", allow_pickle=False)
+        made_of = [work / "job.json", work / "log" / "log.inter", work / "log" / "log.item", _RUNNER]
+        digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in made_of))
+        done = kept / digest.hexdigest()[:16]
+        if not done.exists():
+            _run(python, work, model)
+            work.rename(done)
+    report = json.loads((done / "report.json").read_text())
+    logs = np.load(done / "log_probabilities.npy", mmap_mode="r", allow_pickle=False)
     best = report["chosen"]
     log.info(
         "%s, %s: %d targets; learning rate %g, dropout %g, %d epochs by NDCG@20 %.4f of %d users; %.0f s",

@@ -194,7 +194,8 @@ def test_every_model_is_fitted_on_dislikes_and_on_both(tmp_path):
     python = stand_in(tmp_path / "python", UNIFORM)
     known = known_of(EVENTS)
     pairs = pd.DataFrame({"user_id": ["u", "v"], "item_id": ["c", "a"]})
-    found = sequential_baselines(known, ["u", "v"], 1, python)
+    found = sequential_baselines(known, ["u", "v"], 1, python, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
     assert list(found) == [f"{m}, {p}" for p in ("dislikes", "both") for m in MODELS]
     for name, method in found.items():
         wanted = [0, 0] if "both" in name else -np.log([3, 1])
@@ -206,11 +207,52 @@ def test_every_model_is_fitted_on_dislikes_and_on_both(tmp_path):
 def test_a_failure_is_one_line_with_what_was_said(tmp_path):
     python = stand_in(tmp_path / "python", 'sys.exit("noise\\nno module named recbole")')
     with pytest.raises(MissingError) as failure:
-        fit(known_of(EVENTS), pd.Index(["u"]), "SASRec", True, 1, python)
+        fit(known_of(EVENTS), pd.Index(["u"]), "SASRec", True, 1, python, tmp_path / "kept")
     said = "RecBole did not fit SASRec: no module named recbole"
     assert str(failure.value) == f"{python}: {said}; `make recbole` sets up its environment"
     with pytest.raises(MissingError, match="No such file or directory; `make recbole`"):
-        fit(known_of(EVENTS), pd.Index(["u"]), "SASRec", True, 1, tmp_path / "absent")
+        fit(known_of(EVENTS), pd.Index(["u"]), "SASRec", True, 1, tmp_path / "absent", tmp_path / "kept")
+
+
+def test_models_that_were_fitted_before_a_failure_are_not_fitted_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    fault = tmp_path / "fault"
+    python = stand_in(
+        tmp_path / "python",
+        UNIFORM
+        + f"""
+if job["model"] == "FDSA" and os.path.exists({str(fault)!r}):
+    sys.exit("cut")
+with open(os.environ["SEEN"], "a") as seen:
+    seen.write(f"{{job['polarities']}} {{job['model']}}\\n")
+""",
+    )
+
+    def fitted(work):
+        (tmp_path / "seen").write_text("")
+        work()
+        return (tmp_path / "seen").read_text().splitlines()
+
+    def all_models():
+        sequential_baselines(known_of(EVENTS), ["u", "v"], 1, python, tmp_path / "kept")
+
+    def failing():
+        with pytest.raises(MissingError, match="did not fit FDSA: cut"):
+            all_models()
+
+    fault.touch()
+    before = fitted(failing)
+    fault.unlink()
+    assert {"1 Caser", "1 SASRec", "1 BERT4Rec"} <= {*before}
+    every = [f"{polarities} {model}" for polarities in (1, 2) for model in MODELS]
+    assert sorted(before + fitted(all_models)) == sorted(every)
+
+    def one_model(events):
+        fit(known_of(events), pd.Index(["u"]), "SASRec", False, 1, python, tmp_path / "kept")
+
+    assert fitted(lambda: one_model(EVENTS)) == ["1 SASRec"]
+    assert fitted(lambda: one_model(EVENTS)) == []
+    assert fitted(lambda: one_model([*EVENTS, ("v", "b", 9, -1)])) == ["1 SASRec"]
 
 
 def test_nothing_at_or_after_the_anchor_is_exported(tmp_path):
@@ -269,11 +311,12 @@ def alternating(users=60, length=12):
 
 @needs_recbole
 @pytest.mark.parametrize("both", [False, True])
-def test_sasrec_learns_who_dislikes_what(both):
+def test_sasrec_learns_who_dislikes_what(both, tmp_path):
     setting = {"learning_rate": 3e-3, "dropout": 0.2}
     known = known_of(list(alternating()), {f"i{n}": f"c{n % 3}" for n in range(30)})
     asked = pd.Index(["u0", "u1", "u2", "new"])
-    model = fit(known, asked, "SASRec", both, 7, RECBOLE, settings=[setting], epochs=8)
+    kept = tmp_path / "kept"
+    model = fit(known, asked, "SASRec", both, 7, RECBOLE, kept, settings=[setting], epochs=8)
     np.testing.assert_allclose(np.exp(model.logs).sum((0, 2)), 1, rtol=1e-5)
     kinds = np.array([int(item[1:]) % 3 for item in model.items])
     pairs = pd.DataFrame(
