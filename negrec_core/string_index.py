@@ -136,7 +136,9 @@ def _owners(hashes: np.ndarray, bits: int) -> np.ndarray | None:
         before = owners[places]
         owners[places] = left  # of several that want a place the last has it
         there = owners[places] == left
-        left = np.concatenate([left[~there], before[there & (before >= 0)]])
+        # One with the same hash could never be told from the one that has its place now.
+        pushed = there & (before >= 0) & (hashes[before] != hashes[left])
+        left = np.concatenate([left[~there], before[pushed]])
         choice[left] ^= 1
     return None
 

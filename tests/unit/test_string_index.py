@@ -55,6 +55,17 @@ def test_names_that_want_one_place_of_a_table_have_places_of_their_own(monkeypat
     assert table.rows([*reversed(present), "77"]).tolist() == [*reversed(range(29)), -1]
 
 
+def test_names_of_one_hash_are_taken_for_one_of_them(monkeypatch):
+    """In a table, whose hashes have 64 bits; they must not keep it from being made."""
+    monkeypatch.setattr(
+        string_index, "_keyed_hashes", lambda names: np.array([int(name) // 4 for name in names], np.int64)
+    )
+    present = [str(n) for n in range(40)]
+    rows = NameTable(present).rows([*present, "77"]).tolist()
+    assert [row // 4 for row in rows[:-1]] == [n // 4 for n in range(40)]
+    assert rows[-1] == -1
+
+
 def test_names_of_one_hash_are_told_apart(monkeypatch):
     monkeypatch.setattr(string_index, "_ODD", 0)
     index = StringIndex(pa.array(["ann", "bob", "eve"]))
