@@ -43,7 +43,13 @@ class Items:
 
     @classmethod
     def of(cls, unit: np.ndarray, categories: np.ndarray, tastes: np.ndarray) -> "Items":
-        """Items from their unit embeddings [n, dim], categories [n, 2] and tastes [n, 1 + factors]."""
+        """Items from their parts.
+
+        Args:
+            unit: unit embeddings of their semantic IDs, [n, dim]; a zero row stands for one without.
+            categories: as the attribute, [n, 2].
+            tastes: their own log odds and factors, see `negrec_core.taste`, [n, 1 + factors].
+        """
         vectors = np.column_stack([tastes[:, :1], unit, tastes[:, 1:]]).astype(np.float32)
         return cls(vectors, categories, unit.shape[1])
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from negrec_core.embedding_cache import file_digest
 from negrec_core.errors import MissingError
 from train.baselines import Known, Method, first_new, own_dislikes
 
@@ -151,6 +152,9 @@ def fit(
     """Fit one model in RecBole's environment and ask it for `users`; `budget` overrides the job's entries.
 
     What is made is kept in the folder `kept`, by the digest of all that it is made of, and not made again.
+
+    Raises:
+        MissingError: as `sequential_baselines`.
     """
     began = time.monotonic()
     kept.mkdir(parents=True, exist_ok=True)
@@ -171,8 +175,7 @@ def fit(
         }
         (work / "job.json").write_text(json.dumps(job | budget))
         made_of = [work / "job.json", work / "log" / "log.inter", work / "log" / "log.item", _RUNNER]
-        digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in made_of))
-        done = kept / digest.hexdigest()[:16]
+        done = kept / hashlib.sha256(b"".join(map(file_digest, made_of))).hexdigest()[:16]
         if not done.exists():
             _run(python, work, model)
             work.rename(done)
