@@ -56,7 +56,7 @@ tables: java setup $(if $(SEQUENTIAL),recbole)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
 
 setup: $(PROJECT)
@@ -115,4 +115,4 @@ $(DUCKDB)/.packages: conf/lock/duckdb.txt
 	  || { rm -rf $(DUCKDB); echo "negrec: no $(DUCKDB), so tests that read tables by DuckDB are skipped" >&2; }
 
 clean:
-	rm -rf $(VENV) $(RECBOLE) $(DUCKDB) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(RECBOLE) $(DUCKDB) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

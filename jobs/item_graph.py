@@ -256,7 +256,7 @@ def _place(ids: str) -> "Column":
         return pa.array((stable_hash64(ids.to_pylist()) ^ np.uint64(1 << 63)).view(np.int64))
 
     # The declared overloads do not know that the kind of a function is read off its type hints.
-    return arrow_udf(signed, "long")(ids)  # type: ignore[call-overload]
+    return arrow_udf(signed, "long")(ids)  # pyrefly: ignore[no-matching-overload]
 
 
 def _edges_of_anchor(

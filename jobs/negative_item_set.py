@@ -80,11 +80,11 @@ def run(ctx: JobContext) -> None:
     for bucket in range(ctx.config.buckets):
         if not ctx.store.shard_done(_STAGING, ctx.ds, bucket, digest):
             own = contexts.where(contexts["bucket"] == bucket)
-            if isinstance(earlier, Earlier):
-                kept = carried(earlier, contexts, bucket)
+            kept = carried(earlier, contexts, bucket) if isinstance(earlier, Earlier) else None
+            if kept is not None:
                 own = own.join(kept.select("user_id"), "user_id", "left_anti")
             rows = generate(own, task, seconds).withColumn("carried_from", F.lit(None).cast("string"))
-            if isinstance(earlier, Earlier):
+            if kept is not None:
                 rows = rows.unionByName(kept)
             run_directory = ctx.store.new_run(_STAGING)
             frame = with_partitions(rows, _STAGING, ctx.ds, ctx.config.buckets)

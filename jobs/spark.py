@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from negrec_core.config import GpuConfig, SparkConfig
 from negrec_core.errors import ConfigError, MissingError
@@ -158,12 +158,14 @@ def _standalone_workers(context: "SparkContext") -> list[tuple[int, int]]:
     """Cores and GPUs of every live worker, as the masters say."""
     from py4j.protocol import Py4JJavaError
 
-    spark = context._jvm.org.apache.spark  # type: ignore[union-attr]
+    jvm: Any = context._jvm
+    spark = jvm.org.apache.spark
     messages = "org.apache.spark.deploy.DeployMessages$"
-    request = getattr(getattr(context._jvm, f"{messages}RequestMasterState$"), "MODULE$")
-    answer = context._jvm.java.lang.Class.forName(f"{messages}MasterStateResponse")  # type: ignore[union-attr]
-    tag = context._jvm.scala.reflect.ClassTag.apply(answer)  # type: ignore[union-attr]
-    rpc = context._jsc.sc().schedulerBackend().rpcEnv()
+    request = getattr(getattr(jvm, f"{messages}RequestMasterState$"), "MODULE$")
+    answer = jvm.java.lang.Class.forName(f"{messages}MasterStateResponse")
+    tag = jvm.scala.reflect.ClassTag.apply(answer)
+    session: Any = context._jsc
+    rpc = session.sc().schedulerBackend().rpcEnv()
     workers = []
     for address in (context.master or "").removeprefix("spark://").split(","):
         host, _, port = address.rpartition(":")

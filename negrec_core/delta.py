@@ -262,16 +262,18 @@ class DeltaStore:
         Raises:
             InputError: an entry is damaged.
         """
-        before, newest = -1, self.version(table)
+        newest = self.version(table)
         # delta-rs counts versions from the newest, which it looks up apart from the log: a commit in between
         # would shift them all.
-        while before != newest:
+        while True:
             before = newest
             try:
                 entries = self.handle(table).history(limit)
             except DeltaError as error:
                 raise self._damaged_log(table, error) from None
             newest = self.version(table)
+            if newest == before:
+                break
         return [
             Commit(
                 entry["version"],

@@ -39,7 +39,7 @@ class Scratch(NamedTuple):
 
 
 @nb.njit(cache=True, nogil=True)
-def new_scratch(n_items, n_cells, n_rows):  # type: ignore[no-untyped-def]
+def new_scratch(n_items: int, n_cells: int, n_rows: int) -> Scratch:
     return Scratch(
         np.zeros(n_items, np.int32),
         np.empty(n_items, np.int32),
@@ -49,7 +49,7 @@ def new_scratch(n_items, n_cells, n_rows):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def range_kernel(start, stop, index, formula):  # type: ignore[no-untyped-def]
+def range_kernel(start: int, stop: int, index: Any, formula: Formula) -> tuple[Array, Array, Array]:
     """Score the anchors of a range; returns edges per anchor, neighbours, scores."""
     user_ptr, item_ptr, item_kept = index.user_ptr, index.item_ptr, index.item_kept
     most_users, most_cells, most_edges = 0, 0, 0
@@ -99,7 +99,7 @@ def range_kernel(start, stop, index, formula):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def _add_rest(i, sign, index, rest):  # type: ignore[no-untyped-def]
+def _add_rest(i: int, sign: int, index: Any, rest: Array) -> None:
     """Add `sign` times the users that each item shares with `i` outside the kept rows to `rest`."""
     for p in range(index.item_ptr[i], index.item_ptr[i + 1]):
         u = index.item_users[p]
@@ -111,19 +111,19 @@ def _add_rest(i, sign, index, rest):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def anchor_kernel(  # type: ignore[no-untyped-def]
-    anchor,
-    row_start,
-    row_stop,
-    degree,
-    row_items,
-    rest,
-    item_ptr,
-    formula,
-    scratch,
-    neighbor,
-    score,
-):
+def anchor_kernel(
+    anchor: int,
+    row_start: Array,
+    row_stop: Array,
+    degree: Array,
+    row_items: Array,
+    rest: Array,
+    item_ptr: Array,
+    formula: Formula,
+    scratch: Scratch,
+    neighbor: Array,
+    score: Array,
+) -> int:
     """Score one anchor from its users' rows; writes the best neighbours, returns their number.
 
     `rest[j]` is how many users `anchor` and `j` have in common in the whole log beyond these rows.
@@ -151,7 +151,7 @@ def anchor_kernel(  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def _name_columns(touched, rest, formula, scratch):  # type: ignore[no-untyped-def]
+def _name_columns(touched: Array, rest: Array, formula: Formula, scratch: Scratch) -> tuple[int, int]:
     """Number the items that rows share, possible neighbours first; returns both counts."""
     kept, column, column_item = scratch.kept, scratch.column, scratch.cells[1]
     n_candidates = 0
@@ -172,7 +172,9 @@ def _name_columns(touched, rest, formula, scratch):  # type: ignore[no-untyped-d
 
 
 @nb.njit(cache=True, nogil=True)
-def _fill_columns(row_start, row_stop, row_items, n_columns, scratch):  # type: ignore[no-untyped-def]
+def _fill_columns(
+    row_start: Array, row_stop: Array, row_items: Array, n_columns: int, scratch: Scratch
+) -> None:
     """Turn the rows into columns: the rows (ascending) of column c end at `column_end[c]`."""
     column, column_item = scratch.column, scratch.cells[1]
     column_end, column_rows = scratch.cells[2], scratch.cells[3]
@@ -189,7 +191,7 @@ def _fill_columns(row_start, row_stop, row_items, n_columns, scratch):  # type: 
 
 
 @nb.njit(cache=True, nogil=True)
-def _fill_overlap(n, n_columns, scratch):  # type: ignore[no-untyped-def]
+def _fill_overlap(n: int, n_columns: int, scratch: Scratch) -> None:
     """Count |I(u) & I(v)| for rows u < v at `overlap[u * n + v]`."""
     column_end, column_rows, overlap = scratch.cells[2], scratch.cells[3], scratch.overlap
     overlap[: n * n] = 1
@@ -204,9 +206,15 @@ def _fill_overlap(n, n_columns, scratch):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def _best_columns(  # type: ignore[no-untyped-def]
-    n_candidates, weight, item_ptr, formula, scratch, neighbor, score
-):
+def _best_columns(
+    n_candidates: int,
+    weight: Array,
+    item_ptr: Array,
+    formula: Formula,
+    scratch: Scratch,
+    neighbor: Array,
+    score: Array,
+) -> int:
     """Score each possible neighbour and write the `top_k` best in order; returns their number."""
     column_item, column_end, column_rows = scratch.cells[1], scratch.cells[2], scratch.cells[3]
     overlap, n = scratch.overlap, weight.size

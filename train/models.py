@@ -207,7 +207,7 @@ def _open_pretrained(
             raise MissingError(
                 f"model {preset.name}: cannot be opened ({str(error).splitlines()[0]})"
             ) from None
-        return model, tokenizer
+        return model, tokenizer  # pyrefly: ignore[bad-return]
     spec = importlib.util.find_spec(preset.package)
     if spec is None or spec.origin is None:
         raise MissingError(
@@ -224,7 +224,7 @@ def _open_pretrained(
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
-    return plain, tokenizer
+    return plain, tokenizer  # pyrefly: ignore[bad-return]
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
     judged = {row["variant"]: row for row in rows if row["figures"]}
     if not judged:
         return ""
-    seeds = max((row["seeds"] for row in rows), key=len)
+    seeds: list[int] = max((row["seeds"] for row in rows), key=len)
     users = next(iter(judged.values()))["users"]
     sample = f"; {users:,} judged users drawn at random" if users else ""
     how = _how(found["generator"])

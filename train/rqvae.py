@@ -255,7 +255,7 @@ def _fit(
             loss.backward()
             optimiser.step()
             if quantising:
-                restarted += model.update_codewords(codes, residuals)
+                restarted += model.update_codewords(codes, residuals)  # pyrefly: ignore[unbound-name]
                 used.scatter_(1, codes.T, True)
             losses += (float(rebuilt.detach()) / batches, float(apart.detach()) / batches)
         schedule.step()

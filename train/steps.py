@@ -97,8 +97,9 @@ class Student:
             path, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
         # Where the trainers put it; models are judged between trainings, too.
-        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        # pyrefly: ignore[bad-argument-type]
         return cls(model, tokenizer, PromptWriter.load(path), digest)
 
 

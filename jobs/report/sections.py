@@ -417,7 +417,7 @@ def _daily(
     if limit is not None:
         caption += f" Limit {figure_of(limit)}."
     rows = [
-        [day, *("–" if values[n] is None else form(values[n]) for _, values in series)]  # type: ignore[arg-type]
+        [day, *("–" if (value := values[n]) is None else form(value) for _, values in series)]
         for n, day in enumerate(days)
     ]
     held = table(caption, ["log date", *(label for label, _ in series)], rows, "tnn")

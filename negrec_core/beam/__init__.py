@@ -138,7 +138,7 @@ def open_engine(kind: str, model_path: str | Path, vocabulary: SidVocabulary, **
 
 
 def _options(cls: type[_Options], kind: str, options: dict[str, Any]) -> _Options:
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in fields(cls)]  # pyrefly: ignore[bad-argument-type]
     unknown = sorted(options.keys() - set(known))
     if unknown:
         raise ConfigError(

@@ -76,7 +76,7 @@ def load(path: Path, vocabulary: SidVocabulary, options: TorchOptions) -> "Torch
         use_safetensors=True,
         trust_remote_code=False,
     )
-    model.to(device)  # type: ignore[arg-type]  # the decorator around `to` loses its types
+    model.to(device)
     return TorchBeamEngine(model, vocabulary, max_batch_tokens=options.max_batch_tokens)
 
 
