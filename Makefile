@@ -19,6 +19,9 @@ ifneq ($(shell $(BIN)/python -c 'print(open("$(PACKAGES)").read())' 2>/dev/null)
 .PHONY: $(PACKAGES)
 endif
 
+# Python compiles what is imported, once: processes that may not keep it import vllm three times slower.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test soak bench tables lint setup recbole duckdb clean java
 .NOTPARALLEL:
 
@@ -71,11 +74,8 @@ java:
 	fi
 
 # PyTorch's CPU build comes first, so that an index without it is told apart from any other failure.
-# Three pips at once then share the list: one alone keeps a single core busy for a minute.
-# Bytecode is compiled at the end, on all cores and whatever PYTHONDONTWRITEBYTECODE says:
-# without it vllm imports three times slower. Packages' own tests and hundreds of model architectures
-# are left out: two fifths of the time. Some packages carry files for newer Pythons, so failures of that
-# step mean nothing.
+# Three pips at once then share the list: one alone keeps a single core busy for a minute. pyspark, the one
+# package that is built here, is not compressed in between.
 $(PACKAGES): conf/lock/$(LOCK).txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 	  echo "negrec: '$(PYTHON)' is no Python 3.11: apt-get install python3.11-venv," \
@@ -88,9 +88,8 @@ ifeq ($(LOCK),cpu)
 	  echo "negrec: your package index has no CPU build of PyTorch; PIP_EXTRA_INDEX_URL=URL adds one" \
 	    "that has (pytorch.org, Get Started, names its URL)" >&2; exit 1; }
 endif
-	@grep -v '^[-#]' $< | xargs -n 75 -P 3 $(PIP) --no-build-isolation $$(grep '^-' $<)
-	@$(BIN)/python -m compileall -qq -j0 -x '/tests/|/(transformers|vllm/model_executor)/models/(?!auto/)' $(VENV)/lib \
-	  >/dev/null 2>&1 || true
+	@grep -v '^[-#]' $< | xargs -n 75 -P 3 $(PIP) --no-build-isolation $$(grep '^-' $<) \
+	  --config-settings=--build-option=--compression=stored
 	@echo '$(CURDIR)' > $@
 
 $(PROJECT): $(PACKAGES) pyproject.toml
