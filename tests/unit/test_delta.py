@@ -845,16 +845,21 @@ def test_on_a_full_disk_nothing_is_published_and_nothing_is_left(
 # --- the log in the long run --------------------------------------------------
 
 
-def fill(store: DeltaStore, commits: int) -> list[str]:
-    days = day_range(dt.date(2026, 1, 1), dt.date(2026, 1, 1) + dt.timedelta(days=commits - 1))
-    for day in days:
+MANY = day_range(dt.date(2026, 1, 1), dt.date(2026, 4, 8))  # a checkpoint is due two commits later
+
+
+@pytest.fixture(scope="module")
+def many_days(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse with one commit for each of `MANY` days, to be copied."""
+    store = DeltaStore(shutil.copytree(fresh, tmp_path_factory.mktemp("many") / "warehouse"))
+    for day in MANY:
         store.write_arrow(DAY, profiles(day, day), {day: 1}, Provenance(config_digest=day))
-    return days
+    return store.root
 
 
-def test_old_provenance_and_versions_outlive_a_checkpoint(store: DeltaStore) -> None:
+def test_old_provenance_and_versions_outlive_a_checkpoint(many_days: Path, tmp_path: Path) -> None:
     """delta-rs, left to itself, deletes month-old log entries whenever it writes a checkpoint."""
-    days = fill(store, 98)
+    store = DeltaStore(shutil.copytree(many_days, tmp_path / "warehouse"))
     log = store.path(DAY) / "_delta_log"
     long_ago = time.time() - 400 * 86_400
     for entry in log.iterdir():
@@ -863,16 +868,16 @@ def test_old_provenance_and_versions_outlive_a_checkpoint(store: DeltaStore) -> 
     write_deltalake(store.path(DAY), profiles("2027-01-01", "x"), mode="append")
     assert list(log.glob("*.checkpoint.parquet"))
     store.write_arrow(DAY, profiles("2027-01-02", "y"), {"2027-01-02": 1}, NOTHING)
-    assert store.commit_of(DAY, days[0]).provenance.config_digest == days[0]
+    assert store.commit_of(DAY, MANY[0]).provenance.config_digest == MANY[0]
     assert [commit.version for commit in store.commits(DAY)] == [100, *range(98, 0, -1)]
-    assert users(store, version=2) == {day: [day] for day in days[:2]}
-    assert [store.revision(DAY, day) for day in days] == [1] * 98
+    assert users(store, version=2) == {day: [day] for day in MANY[:2]}
+    assert [store.revision(DAY, day) for day in MANY] == [1] * 98
 
 
 def test_a_commit_stands_when_its_checkpoint_fails(
-    store: DeltaStore, caplog: pytest.LogCaptureFixture
+    many_days: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fill(store, 98)
+    store = DeltaStore(shutil.copytree(many_days, tmp_path / "warehouse"))
     (store.path(DAY) / "_delta_log" / "_last_checkpoint" / "in the way").mkdir(parents=True)
     # delta-rs itself would write one with version 99, and fail the commit after it stands.
     assert store.write_arrow(DAY, profiles(D2, "x"), {D2: 2}, NOTHING) == 99
