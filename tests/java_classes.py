@@ -7,6 +7,7 @@ import functools
 import hashlib
 import subprocess
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pyspark
 from filelock import FileLock
@@ -38,8 +39,8 @@ def _archive() -> Path:
             submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
             java = f"{load_config().spark.driver_java_options} -Xlog:disable -XX:ArchiveClassesAtExit={part}"
             command = [str(submit), "--master", "local[1]", "--driver-java-options", java, __file__]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert part.exists(), done.stderr[-2000:]
+            done = subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True, check=False)
+            assert not done.returncode, done.stdout[-2000:]
             part.rename(path)
     return path
 

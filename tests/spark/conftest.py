@@ -16,13 +16,15 @@ from negrec_core.schemas import TABLES
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
-    # On a handful of rows, generating and compiling code takes longer than running it.
-    interpreted = {
+    # On a handful of rows, compiling a plan or planning it again takes longer than running it; both are on
+    # where test_pipeline.py submits a day. Without coalescing, four partitions are four.
+    plain_plans = {
         "spark.sql.codegen.wholeStage": "false",
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+        "spark.sql.adaptive.enabled": "false",
     }
     plain = load_config().spark
-    update = {"driver_memory": "1g", "driver_java_options": java_options(), "conf": interpreted}
+    update = {"driver_memory": "1g", "driver_java_options": java_options(), "conf": plain_plans}
     settings = plain.model_copy(update=update)
     session = open_session(settings, "UTC", progress=False)
     yield session
