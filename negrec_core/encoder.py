@@ -17,7 +17,7 @@ from negrec_core.errors import ArtefactError, InputError, MissingError
 from negrec_core.lean_import import without
 from negrec_core.progress import Progress, silent
 
-# A third of the time that the import takes; it is for assisted decoding.
+# transformers takes it where it is, for assisted decoding, and its import takes half as long again.
 with without("sklearn"):
     import transformers
     from transformers import AutoModel, AutoTokenizer

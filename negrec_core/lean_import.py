@@ -1,4 +1,4 @@
-"""Importing a library without what it would like to have but does not need here."""
+"""Importing a library without a package that it takes where it is, but that nothing here needs it to."""
 
 import sys
 from collections.abc import Iterator

@@ -36,7 +36,7 @@ from negrec_core.lean_import import without
 from negrec_core.memory import keep_freed_memory
 from negrec_core.trie import Trie
 
-# A third of the time that an executor's Python process takes to start; it is for assisted decoding.
+# transformers takes it where it is, for assisted decoding; an executor's process would start a third later.
 with without("sklearn"):
     from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
