@@ -1,7 +1,8 @@
 """moto's S3, one request at a time: `python object_store_server.py PORT`.
 
 Requests at once would break what is tested: moto looks whether an object exists and writes it in two
-steps, so that of two conditional writes both could succeed, which no real store allows.
+steps, so that of two conditional writes both could succeed, which no real store allows. `ready` says that
+it has the port.
 """
 
 import logging
@@ -11,7 +12,7 @@ from typing import Any
 
 from moto.server import DomainDispatcherApplication, create_backend_app
 from object_stores import CARELESS
-from werkzeug.serving import run_simple
+from werkzeug.serving import make_server
 
 
 def serve(port: int) -> None:
@@ -24,7 +25,9 @@ def serve(port: int) -> None:
         return found
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    run_simple("127.0.0.1", port, answer, threaded=False)
+    server = make_server("127.0.0.1", port, answer, threaded=False)
+    print("ready", flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """An S3 server for tests, and the environment that leads to it."""
 
-import contextlib
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 import uuid
 from pathlib import Path
@@ -32,14 +30,13 @@ class ObjectStore:
 
     def start(self) -> None:
         server = Path(__file__).with_name("object_store_server.py")
-        self._process = subprocess.Popen([sys.executable, str(server), str(self._port)])
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/moto-api/"):
-                return
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the S3 server of the tests does not answer")
-            time.sleep(0.1)
+        program = [sys.executable, str(server), str(self._port)]
+        self._process = subprocess.Popen(program, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        with self._process.stdout as said:
+            # Its own word: what answers on the port could be another's.
+            if not said.readline():
+                raise RuntimeError(f"the S3 server of the tests could not take port {self._port}")
 
     def stop(self) -> None:
         self._process.kill()
@@ -73,8 +70,9 @@ def environment(url: str) -> dict[str, str]:
     }
 
 
-# The same in the processes that tests start.
-_PORT = os.environ.setdefault("NEGREC_TEST_STORE_PORT", str(free_port()))
+# The same in the processes that tests start, another in each worker: the first to end would stop the other's.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+_PORT = os.environ.setdefault(f"NEGREC_TEST_STORE_PORT{_WORKER}", str(free_port()))
 OBJECT_STORE = ObjectStore(int(_PORT))
 # Spark's workers have the environment that Spark was started with.
 os.environ.update(environment(OBJECT_STORE.url))
