@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_LONGEST_STEP = 3.0  # far from the optimum a Newton step may overshoot
+LONGEST_STEP = 3.0  # far from the optimum a Newton step may overshoot
 _CONVERGED = 1e-4
 
 
@@ -31,7 +31,7 @@ def solve(
     Args:
         starts: int64 [rows + 1]; events of row r are `starts[r]:starts[r + 1]`.
         others: int64 [events], row of `vectors` of each event.
-        disliked: float64 [events], 1 or 0.
+        disliked: float64 [events], from 0 to 1.
         known: float64 [events], what the log odds are without the row's own weights.
         vectors: float64 [others, dim].
         penalty: float64 [dim], over 0.
@@ -71,7 +71,7 @@ def solve(
                     hessian[b, a] = hessian[a, b]
             step = np.linalg.solve(hessian, slope)
             length = np.sqrt((step * step).sum())
-            own -= step * min(1.0, _LONGEST_STEP / max(length, 1e-300))
+            own -= step * min(1.0, LONGEST_STEP / max(length, 1e-300))
             if length < _CONVERGED:
                 break
 

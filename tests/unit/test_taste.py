@@ -114,6 +114,47 @@ def test_both_traits_are_learnt_and_the_hidden_one_by_the_factors_alone(factors,
     assert least < auc(scores.ravel()[:6000], disliked.ravel()[:6000]) < most
 
 
+def test_what_all_users_have_in_common_is_the_optimum_where_nothing_else_may_differ():
+    """With everything else penalised away it is a ridge-penalised logistic regression on the embedding."""
+    events, unit, _, _ = world(7, 100, 40, 10)
+    stiff = dict.fromkeys(["user_penalty", "item_penalty", "content_penalty", "factor_penalty"], 1e9)
+    items = fit_items(events, unit, SETTINGS.model_copy(update={"factors": 0, **stiff}))
+    columns = np.hstack([np.ones((len(unit), 1)), unit])
+    share = events.disliked.mean()
+    start = np.array([np.log(share / (1 - share)), *np.zeros(DIM)])
+
+    def loss(weights):
+        odds = columns[events.items] @ weights
+        likelihood = (np.logaddexp(0, odds) - events.disliked * odds).sum()
+        return likelihood + 1.5 * ((weights - start) ** 2).sum()
+
+    best = minimize(loss, start, tol=1e-10).x
+    np.testing.assert_allclose(items.log_odds, columns @ best, atol=1e-3)
+
+
+def test_an_item_that_nobody_judged_is_known_by_what_is_like_it():
+    rng = np.random.default_rng(2)
+    unit = np.repeat(np.eye(DIM)[:2], 10, axis=0)
+    events = Events(rng.integers(50, size=400), rng.integers(19, size=400), np.zeros(400))
+    bad = events.items >= 10  # what lies in the second direction is disliked
+    events.disliked[bad] = rng.random(bad.sum()) < 0.8
+    events.disliked[~bad] = rng.random((~bad).sum()) < 0.2
+    log_odds = fit_items(events, unit, SETTINGS).log_odds
+    assert log_odds[19] > 0.7
+    assert log_odds[:10].max() < log_odds[19]
+
+
+def test_half_a_dislike_lies_between_a_dislike_and_a_like():
+    events, unit, _, _ = world(5, 60, 30, 10)
+    means = [
+        fit_items(Events(events.users, events.items, np.full(len(events.users), part)), unit, SETTINGS)
+        for part in (0.2, 0.5, 0.8)
+    ]
+    low, middle, high = (tastes.log_odds.mean() for tastes in means)
+    assert low < middle < high
+    assert middle == pytest.approx(0, abs=0.05)
+
+
 def test_items_are_the_same_every_time():
     events, unit, _, _ = world(5, 60, 30, 10)
     one, two = (fit_items(events, unit, SETTINGS) for _ in range(2))
