@@ -40,7 +40,8 @@ class Catalogue:
         codebook: quantiser of the IDs.
         trie: legal IDs.
         index: item -> row of `items` and `item_log_odds`.
-        items: the items that have an ID, and a last one of which nothing is known.
+        n_ids: how many items have an ID; they are the first.
+        items: the items, and a last one of which nothing is known.
         item_log_odds: theirs, float64 [items + 1]; the last is the prior.
         leaves: an item with exactly the ID of each leaf of the trie: categories of the first item under it,
             means of all for the rest.
@@ -51,6 +52,7 @@ class Catalogue:
     codebook: Codebook
     trie: Trie
     index: dict[str, int]
+    n_ids: int
     items: Items
     item_log_odds: np.ndarray
     leaves: Items
@@ -160,22 +162,23 @@ def load_catalogue(task: BlockListTask) -> Catalogue:
     trie = Trie.build(ids.codes, codebook.code_counts)
     rates = store.read("item_rate", ["item_id", "log_odds"], days=[task.ds], version=task.rates_version)
     known = dict(zip(rates["item_id"].to_pylist(), rates["log_odds"].to_pylist(), strict=True))
-    item_log_odds = np.array([known.get(item, task.score.prior_log_odds) for item in ids.items])
-    categories = load_categories(store, task.ds, ids.items, task.items_version)
     prior = task.score.prior_log_odds
-    tastes = load_item_tastes(store, task.ds, ids.items, task.tastes_version, prior)
+    names, tastes = load_item_tastes(store, task.ds, ids.items, task.tastes_version, prior)
+    item_log_odds = np.array([known.get(item, prior) for item in names])
+    categories = load_categories(store, task.ds, names, task.items_version)
     items = Items.of(codebook.unit(ids.codes), categories.of_items, tastes)
     leaf = trie.find(ids.codes)
     # Leaves are numbered without gaps, so the distinct ones are all of them in order.
     first, per_leaf = np.unique(leaf, return_index=True, return_counts=True)[1:]
 
     def mean(values: np.ndarray) -> np.ndarray:
-        return np.bincount(leaf, weights=values) / per_leaf
+        return np.bincount(leaf, weights=values[: len(leaf)]) / per_leaf
 
     return Catalogue(
         codebook,
         trie,
-        ids.index,
+        {item: n for n, item in enumerate(names)},
+        len(ids.items),
         items.with_unknown(prior),
         np.append(item_log_odds, prior),
         Items.of(items.unit[first], items.categories[first], np.apply_along_axis(mean, 0, tastes)),
@@ -215,14 +218,15 @@ def _user(row: dict[str, Any], catalogue: Catalogue, score: BlockScore) -> _User
     codes = np.array([entry["codes"] for entry in row["entries"]], np.int32)
     log_probs = np.array([entry["log_prob"] for entry in row["entries"]], np.float64)
     legal = catalogue.trie.contains(codes)
-    past = [event for event in row["negatives"] if event["item_id"] in catalogue.index]
+    index, n_ids = catalogue.index, catalogue.n_ids
+    past = [event for event in row["negatives"] if index.get(event["item_id"], n_ids) < n_ids]
     return _User(
         legal,
         codes[legal],
         catalogue.codebook.unit(codes[legal]),
         log_probs[legal],
         past,
-        catalogue.items.unit[[catalogue.index[event["item_id"]] for event in past]],
+        catalogue.items.unit[[index[event["item_id"]] for event in past]],
         Tally.of(row["categories"], catalogue.category_numbers),
         user_weights(row["weights"], catalogue.items),
         float(score.user_log_odds(np.array(row["n_negatives"]), np.array(row["n_positives"]))),

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 
 from jobs.anchors import visible
 from jobs.context import JobContext
-from jobs.item_taste import events_of, judged_items
+from jobs.item_taste import events_of, judged_items, taste_events
+from negrec_core.block_score import without_id
 from negrec_core.config import TasteConfig
 from negrec_core.delta import DeltaStore
 from negrec_core.generator import CODEBOOK, open_codebook
@@ -39,17 +40,17 @@ class FoldInTask:
     settings: TasteConfig
 
 
-def user_taste(feedback: "DataFrame", task: FoldInTask) -> "DataFrame":
+def user_taste(events: "DataFrame", task: FoldInTask) -> "DataFrame":
     """Rows of `user_taste`.
 
     Args:
-        feedback: rows of `feedback` before the anchors.
+        events: rows of `taste_events` before the anchors.
         task: what to fold in with.
     """
     from pyspark.sql import functions as F
 
     users = (
-        judged_items(feedback)
+        judged_items(events, task.settings.neutral)
         .groupBy("user_id")
         .agg(F.sort_array(F.collect_list(F.struct("item_id", "disliked"))).alias("judged"))
     )
@@ -69,17 +70,17 @@ class _Catalogue:
 
     def __init__(self, task: FoldInTask) -> None:
         store = DeltaStore(task.warehouse)
-        self._ids = load_semantic_ids(store, task.codebook_version, task.ds, task.ids_version)
+        ids = load_semantic_ids(store, task.codebook_version, task.ds, task.ids_version)
         codebook, _ = open_codebook(place(task.models), task.codebook_version)
-        self._unit = codebook.unit(self._ids.codes)
-        tastes = load_item_tastes(store, task.ds, self._ids.items, task.tastes_version, 0.0)
-        self._items = ItemTastes(tastes[:, 0], tastes[:, 1:])
+        self._items, tastes = load_item_tastes(store, task.ds, ids.items, task.tastes_version, 0.0)
+        self._unit = without_id(codebook.unit(ids.codes), len(self._items))
+        self._tastes = ItemTastes(tastes[:, 0], tastes[:, 1:])
 
     def fold_in(self, users: pa.RecordBatch, settings: TasteConfig) -> pa.RecordBatch:
         owner, flat = pc.list_parent_indices(users["judged"]), pc.list_flatten(users["judged"])
         items, disliked = (pc.struct_field(flat, name) for name in ("item_id", "disliked"))
-        events = events_of(owner, items, disliked, self._ids)
-        weights = fold_in(events, users.num_rows, self._unit, self._items, settings)
+        events = events_of(owner, items, disliked, self._items)
+        weights = fold_in(events, users.num_rows, self._unit, self._tastes, settings)
         width = np.arange(users.num_rows + 1) * weights.shape[1]
         lists = pa.ListArray.from_arrays(pa.array(width, pa.int32()), weights.ravel().astype(np.float32))
         return pa.RecordBatch.from_arrays([users["user_id"], lists], schema=_ARROW_SCHEMA)
@@ -99,4 +100,5 @@ def run(ctx: JobContext) -> None:
         versions["item_taste"],
         ctx.config.taste,
     )
-    ctx.write("user_taste", user_taste(visible(ctx, ctx.read_window("feedback")), task))
+    events = visible(ctx, taste_events(ctx, ctx.read_window("feedback")))
+    ctx.write("user_taste", user_taste(events, task))

@@ -46,10 +46,11 @@ class Items:
         """Items from their parts.
 
         Args:
-            unit: unit embeddings of their semantic IDs, [n, dim]; a zero row stands for one without.
+            unit: unit embeddings of their semantic IDs, [m, dim]; the last n - m items have none.
             categories: as the attribute, [n, 2].
             tastes: their own log odds and factors, see `negrec_core.taste`, [n, 1 + factors].
         """
+        unit = without_id(unit, len(tastes))
         vectors = np.column_stack([tastes[:, :1], unit, tastes[:, 1:]]).astype(np.float32)
         return cls(vectors, categories, unit.shape[1])
 
@@ -190,6 +191,11 @@ def _category_log_odds(categories: np.ndarray, tally: Tally, prior: float, pseud
     log_odds[own] = smoothed_log_odds(negatives, positives, sigmoid(prior), pseudo)
     log_odds[0] = prior  # number 0 is no category
     return log_odds.take(categories)
+
+
+def without_id(unit: np.ndarray, n: int) -> np.ndarray:
+    """Unit embeddings of `n` items, those that `unit` has not being zeros: items without a semantic ID."""
+    return np.pad(unit, ((0, n - len(unit)), (0, 0)))
 
 
 def user_weights(weights: Sequence[float] | np.ndarray | None, items: Items) -> np.ndarray:

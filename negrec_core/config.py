@@ -269,6 +269,9 @@ class TasteConfig(_Model):
     item_penalty: float = Field(gt=0, description="ridge penalty of an item's own log odds")
     content_penalty: float = Field(gt=0, description="ridge penalty of a user's weights of the embedding")
     factor_penalty: float = Field(gt=0, description="ridge penalty of the factors of users and items")
+    neutral: Share | None = Field(
+        description="what part of a dislike it is that an item was shown and got no feedback; null: nothing"
+    )
     sweeps: Positive = Field(description="rounds of solving for users and items in turn")
     max_events: Positive = Field(
         description="about how many judged items of sampled users items are fitted to"

@@ -61,15 +61,21 @@ def load_categories(
 
 def load_item_tastes(
     store: DeltaStore, ds: str, items: list[str], version: int, prior_log_odds: float
-) -> np.ndarray:
-    """The `tastes` of `Items.of`, float64 [items, 1 + factors]; an item without a row has the prior.
+) -> tuple[list[str], np.ndarray]:
+    """All items that the block score knows, and the `tastes` of `Items.of`.
+
+    An item without a row has the prior. One that is judged in the log and in no catalogue has a row and no
+    semantic ID: its rates say what is known of it.
 
     Args:
         store: the warehouse.
         ds: log date.
-        items: the items, in the order of the result.
+        items: those with a semantic ID.
         version: of the table.
         prior_log_odds: of dislike against like over all feedback.
+
+    Returns:
+        `items` and, after them, those without a semantic ID by name; float64 [n, 1 + factors].
     """
     rows = store.read("item_taste", ["item_id", "log_odds", "factors"], days=[ds], version=version)
     factors = pc.list_flatten(rows["factors"]).to_numpy()
@@ -78,7 +84,8 @@ def load_item_tastes(
     known = np.hstack([rows["log_odds"].to_numpy()[:, None], factors.reshape(rows.num_rows, k)])
     unknown = np.zeros((1, 1 + k))
     unknown[0, 0] = prior_log_odds
-    return np.vstack([known, unknown])[[place.get(item, -1) for item in items]]
+    names = items + sorted(place.keys() - set(items))
+    return names, np.vstack([known, unknown])[[place.get(item, -1) for item in names]]
 
 
 def item_text(row: dict[str, str | None]) -> str:

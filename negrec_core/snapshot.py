@@ -106,7 +106,8 @@ class Snapshot:
         log_probs: float32 [entries].
         because: nearest past dislike of each entry, strings, as dictionaries.
         reasons: reason class of each entry, the same.
-        items: item id -> row of `catalogue` and `item_log_odds`; -1, the last, if it is not known.
+        items: item id -> row of `catalogue` and `item_log_odds`, those without a semantic ID after those
+            with one; -1, the last, if it is not known.
         catalogue: items + 1; the last is one of which nothing is known.
         item_log_odds: float64 [items + 1]; the last is the prior.
     """
@@ -292,11 +293,11 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
             " restore that codebook"
         ) from None
     users = StringIndex(entries.users)
-    categories = load_categories(store, ds, ids.items, inputs["item"])
+    items, item_tastes = load_item_tastes(store, ds, ids.items, inputs["item_taste"], prior)
+    categories = load_categories(store, ds, items, inputs["item"])
     others, user_log_odds, tallies = _contexts(
         store.files("user_context", [ds], inputs["user_context"]), users, categories.numbers, score
     )
-    item_tastes = load_item_tastes(store, ds, ids.items, inputs["item_taste"], prior)
     catalogue = Items.of(item_unit, categories.of_items, item_tastes).with_unknown(prior)
     files = store.files("user_taste", [ds], inputs["user_taste"])
     tastes = _tastes(files, users, others, catalogue.vectors.shape[1])
@@ -317,9 +318,9 @@ def _read_snapshot(store: DeltaStore, found: Published) -> Snapshot:
         log_probs=entries.log_probs,
         because=entries.because,
         reasons=entries.reasons,
-        items=NameTable(ids.items),
+        items=NameTable(items),
         catalogue=catalogue,
-        item_log_odds=np.array([*(log_odds.get(item, prior) for item in ids.items), prior]),
+        item_log_odds=np.array([*(log_odds.get(item, prior) for item in items), prior]),
     )
 
 

@@ -5,7 +5,7 @@ those of items that the user has disliked already.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -54,6 +54,8 @@ class Known:
         leaf: item -> its leaf in the trie of semantic IDs.
         n_ids: number of leaves.
         pseudo: pseudo-events that rates are smoothed by.
+        shown: as `past`, with polarity 0: what was shown and neither disliked nor liked, if the block score
+            may use it.
     """
 
     past: pd.DataFrame
@@ -62,6 +64,7 @@ class Known:
     leaf: dict[str, int]
     n_ids: int
     pseudo: float
+    shown: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def judged(feedback: pd.DataFrame) -> pd.DataFrame:
@@ -127,19 +130,22 @@ def _times_disliked(known: Known) -> pd.Series:
 
 
 def features(history: pd.DataFrame, category: pd.Series, pairs: pd.DataFrame, pseudo: float) -> pd.DataFrame:
-    """Smoothed log odds of dislike in `history`, for (user_id, item_id) `pairs`.
+    """Smoothed log odds of dislike against like in `history`, for (user_id, item_id) `pairs`.
 
-    Columns: item, user, category, top (the category's first level), user_category, user_top, and the
-    counts n_item and n_user of dislikes.
+    Columns: item, user, category, top (the category's first level), user_category, user_top, the counts
+    n_item and n_user of dislikes, and shown_item and shown_user: the log odds of neither against like, 0
+    where nothing is neither.
     """
     top = category.str.split("/").str[0]
+    neither = history[history["polarity"] >= 0]
+    history = history[history["polarity"] != 0]
     rows, asked = (
         frame[[*kept, "item_id"]].assign(
             category=frame["item_id"].map(category), top=frame["item_id"].map(top)
         )
         for frame, kept in ((history, ["user_id", "polarity"]), (pairs, ["user_id"]))
     )
-    share = _dislike_share(history)
+    share = _share(history)
     out = pd.DataFrame(index=pairs.index)
     for name, keys in {
         "item": ["item_id"],
@@ -156,6 +162,13 @@ def features(history: pd.DataFrame, category: pd.Series, pairs: pd.DataFrame, ps
         )
         if name in ("item", "user"):
             out[f"n_{name}"] = found["negatives"].to_numpy()
+            out[f"shown_{name}"] = 0.0
+            if (neither["polarity"] == 0).any():
+                others = _counts(neither, keys, 0)
+                found = asked[keys].merge(others, how="left", left_on=keys, right_index=True).fillna(0)
+                out[f"shown_{name}"] = smoothed_log_odds(
+                    found["negatives"].to_numpy(), found["positives"].to_numpy(), _share(neither, 0), pseudo
+                )
     return out
 
 
@@ -165,29 +178,29 @@ def fit_classifier(known: Known, seed: int) -> Score | None:
     It learns the last third of each user's past from everybody's first two thirds, and then scores by
     the whole past. None where there is nothing to tell apart.
     """
-    past = known.past.sort_values("event_time", kind="stable")
+    past = pd.concat([known.past, known.shown]).sort_values("event_time", kind="stable")
     place = past.groupby("user_id").cumcount() / past.groupby("user_id")["item_id"].transform("size")
-    late = judged(past[place >= 2 / 3])
+    late = judged(past[(place >= 2 / 3) & (past["polarity"] != 0)])
     if late["disliked"].nunique() < 2:
         return None
     early = features(past[place < 2 / 3], known.category, late, known.pseudo)
     model = HistGradientBoostingClassifier(random_state=seed).fit(early, late["disliked"])
 
     def classify(pairs: pd.DataFrame) -> np.ndarray:
-        known_now = features(known.past, known.category, pairs, known.pseudo)
+        known_now = features(past, known.category, pairs, known.pseudo)
         return np.asarray(model.predict_proba(known_now)[:, 1])
 
     return classify
 
 
-def _dislike_share(rows: pd.DataFrame) -> float:
-    """Share of dislikes; inside 0 and 1, so that its log odds are finite."""
-    return float(np.clip((rows["polarity"] == -1).mean(), 1e-3, 1 - 1e-3)) if len(rows) else 0.5
+def _share(rows: pd.DataFrame, polarity: int = -1) -> float:
+    """Share of dislikes, or of another polarity; inside 0 and 1, so that its log odds are finite."""
+    return float(np.clip((rows["polarity"] == polarity).mean(), 1e-3, 1 - 1e-3)) if len(rows) else 0.5
 
 
-def _counts(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Dislikes (negatives) and likes (positives) per key."""
-    counts = rows.assign(negative=rows["polarity"] == -1).groupby(keys)["negative"].agg(["sum", "size"])
+def _counts(rows: pd.DataFrame, keys: list[str], polarity: int = -1) -> pd.DataFrame:
+    """Rows of a polarity, by default dislikes (negatives), and the others (positives) per key."""
+    counts = rows.assign(negative=rows["polarity"] == polarity).groupby(keys)["negative"].agg(["sum", "size"])
     return pd.DataFrame({"negatives": counts["sum"], "positives": counts["size"] - counts["sum"]})
 
 
@@ -220,7 +233,7 @@ def _ids_by_rate(known: Known) -> np.ndarray:
     """The IDs by descending smoothed rate; items that share an ID are counted together."""
     rows = known.past.assign(leaf=known.past["item_id"].map(known.leaf)).dropna(subset=["leaf"])
     counts = _counts(rows, ["leaf"])
-    share = _dislike_share(rows)
+    share = _share(rows)
     odds = smoothed_log_odds(
         counts["negatives"].to_numpy(), counts["positives"].to_numpy(), share, known.pseudo
     )

@@ -150,8 +150,10 @@ def evaluate(
     graph = store.read("item_graph", columns, days=[ds]).to_pandas()
     category = items.set_index("item_id")["category"]
     pseudo = config.calibration.rate_pseudo_events
-    known = Known(past, category, graph, leaf_of_item, trie.n_ids, pseudo)
-    candidates = draw_candidates(future, load_shown(store, config, ds), config.timezone, seed)
+    shown = load_shown(store, config, ds)
+    neither = _neither(store, config, ds)
+    known = Known(past, category, graph, leaf_of_item, trie.n_ids, pseudo, neither)
+    candidates = draw_candidates(future, shown, config.timezone, seed)
     methods = ours(store, warehouse / "models", config.generation, snapshot, predicted)
     methods |= baselines(known, users, seed)
     if sequential:
@@ -219,6 +221,21 @@ def load_shown(store: DeltaStore, config: Config, ds: str) -> pd.DataFrame:
     days = [d for d in store.days("behavior_log") if first <= d <= last]
     rows = store.read("behavior_log", ["user_id", "item_id", "event_time"], days=days).to_pandas()
     return rows[_in_horizon(rows, _anchors(store, config, ds, rows["user_id"]), config)]
+
+
+def _neither(store: DeltaStore, config: Config, ds: str) -> pd.DataFrame:
+    """Columns of `feedback` of what was shown before its user's anchor and was neither disliked nor liked.
+
+    Nothing where tastes do not use it, so that every method knows the same.
+    """
+    columns = ["user_id", "item_id", "event_time"]
+    first = (dt.date.fromisoformat(ds) - dt.timedelta(days=config.window_days - 1)).isoformat()
+    days = [d for d in store.days("behavior_log") if first <= d <= ds] if config.taste.neutral else []
+    rows = store.read("behavior_log", [*columns, "action"], days=days).to_pandas()
+    neutral = [action for action, polarity in config.feedback.polarity.items() if not polarity]
+    anchor = _anchors(store, config, ds, rows["user_id"])
+    before = anchor.isna() | (rows["event_time"] < anchor)
+    return rows.loc[before & rows["action"].isin(neutral), columns].assign(polarity=0)
 
 
 def _anchors(store: DeltaStore, config: Config, ds: str, users: pd.Series) -> pd.Series:

@@ -74,7 +74,8 @@ def day_tables(version: str, seed: int) -> dict[str, Rows]:
         }
         counts = count_categories(known, {item: category(item) for item in ITEMS})
         contexts.append({"user_id": user, **past, "n_negatives": 3, "n_positives": 9, "categories": counts})
-        # The last user likes something that is not in the log; one item has no ID and no category.
+        # The last user likes something that is not in the log; one item has no ID and no category, but a
+        # rate and a taste.
         page = [*some(12), "no such item"]
         shown += [{"user_id": user, "item_id": item, "action": "exposure"} for item in page]
         shown += [{"user_id": user, "item_id": item, "action": "click"} for item in page[:3]]
@@ -86,11 +87,13 @@ def day_tables(version: str, seed: int) -> dict[str, Rows]:
     for row in (*shown, *liked):
         row["event_time"] = when
     liked = list({(row["user_id"], row["item_id"], row["polarity"]): row for row in liked}.values())
-    rates = [{"item_id": item, "log_odds": float(rng.normal(-1, 1))} for item in names[::2]]
+    rates = [
+        {"item_id": item, "log_odds": float(rng.normal(-1, 1))} for item in [*names[::2], "no such item"]
+    ]
     factors = 2
     item_tastes = [
         {"item_id": item, "log_odds": float(rng.normal(-1, 1)), "factors": rng.normal(size=factors).tolist()}
-        for item in names[1:]
+        for item in [*names[1:], "no such item"]
     ]
     width = 1 + small_codebook().dim + factors
     user_tastes = [{"user_id": user, "weights": rng.normal(size=width).tolist()} for user in USERS[1:]]

@@ -18,9 +18,9 @@ CODEBOOK = small_codebook()
 ITEMS = {f"item {n}": (n % 4, n // 4, 1) for n in range(12)}
 RNG = np.random.default_rng(6)
 TASTES = {item: RNG.normal(size=3).tolist() for item in ITEMS}
-FEEDBACK = [
-    (f"user {n % 7}", f"item {RNG.integers(14)}", int(RNG.choice([-1, 1]))) for n in range(60)
-]  # items 12 and 13 have no semantic ID
+# Items 12 and 13 have no semantic ID; some were only shown.
+FEEDBACK = [(f"user {n % 7}", f"item {RNG.integers(14)}", int(RNG.choice([-1, 0, 1]))) for n in range(80)]
+NEUTRAL = SETTINGS.model_copy(update={"neutral": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +29,22 @@ def feedback(spark: SparkSession):
 
 
 def verdicts():
-    """One per user and item, by a loop; a dislike outweighs likes."""
+    """One per user and item, by a loop; a dislike outweighs likes, and either that it was shown."""
     found = {}
     for user, item, polarity in FEEDBACK:
-        found[user, item] = found.get((user, item), False) or polarity == -1
-    return found
+        found.setdefault((user, item), set()).add(polarity)
+    return {pair: 1.0 if -1 in seen else 0.0 if 1 in seen else 0.5 for pair, seen in found.items()}
 
 
 def test_a_user_judges_an_item_once_and_a_dislike_outweighs(feedback):
-    rows = judged_items(feedback).collect()
+    assert {0.0, 0.5, 1.0} == set(verdicts().values())
+    rows = judged_items(feedback, 0.5).collect()
     assert {(row["user_id"], row["item_id"]): row["disliked"] for row in rows} == verdicts()
     assert len(rows) == len(verdicts())
 
 
 def test_a_sample_holds_all_of_some_users(feedback):
-    whole = judged_items(feedback)
+    whole = judged_items(feedback, 0.5)
     n = len(verdicts())
     assert sampled(whole, n).count() == n
     some = {(row["user_id"], row["item_id"]) for row in sampled(whole, n // 2).collect()}
@@ -52,16 +53,19 @@ def test_a_sample_holds_all_of_some_users(feedback):
     assert some == {pair for pair in verdicts() if pair[0] in users}
 
 
-def test_spark_folds_in_what_the_optimum_is_from_events_with_an_id(feedback, spark, tmp_path: Path):
+def test_spark_folds_in_what_the_optimum_is_of_all_items_with_a_taste(feedback, spark, tmp_path: Path):
     version = save_codebook(tmp_path, CODEBOOK).version
-    store = publish(tmp_path, version, ITEMS, {}, item_tastes=TASTES)
+    tastes = TASTES | {"item 12": [0.5, 1.0, -1.0]}
+    store = publish(tmp_path, version, ITEMS, {}, item_tastes=tastes)
     pinned = (store.version("item_semantic_id"), store.version("item_taste"))
-    task = FoldInTask(str(store.root), str(store.root / "models"), DS, version, *pinned, SETTINGS)
+    task = FoldInTask(str(store.root), str(store.root / "models"), DS, version, *pinned, NEUTRAL)
     ours = {row["user_id"]: row["weights"] for row in user_taste(feedback, task).collect()}
     ids = load_semantic_ids(store, version, DS)
-    values = np.array([TASTES[item] for item in ids.items])
+    names = [*ids.items, "item 12"]
+    values = np.array([tastes[item] for item in names])
     items = ItemTastes(values[:, 0], values[:, 1:])
-    expected = folded_in(judged_items(feedback).toArrow(), ids, CODEBOOK.unit(ids.codes), items, SETTINGS)
+    judged, unit = judged_items(feedback, 0.5).toArrow(), CODEBOOK.unit(ids.codes)
+    expected = folded_in(judged, names, unit, items, NEUTRAL)
     assert ours.keys() == expected.keys() == {user for user, _ in verdicts()}
     for user, weights in ours.items():
         np.testing.assert_allclose(weights, expected[user], atol=1e-6)
@@ -72,6 +76,10 @@ def test_items_do_not_depend_on_how_rows_are_laid_out(feedback, spark, tmp_path:
     version = save_codebook(tmp_path, CODEBOOK).version
     ids = load_semantic_ids(publish(tmp_path, version, ITEMS, {}), version, DS)
     unit = CODEBOOK.unit(ids.codes)
-    one, two = (fit_item_tastes(feedback.repartition(n), ids, unit, SETTINGS) for n in (1, 4))
+    (names, one), (_, two) = (
+        fit_item_tastes(feedback.repartition(n), ids.items, unit, NEUTRAL) for n in (1, 4)
+    )
+    assert names == [*ids.items, "item 12", "item 13"]
+    assert len(one.log_odds) == len(names)
     np.testing.assert_array_equal(one.log_odds, two.log_odds)
     np.testing.assert_array_equal(one.factors, two.factors)

@@ -3,6 +3,7 @@
 import datetime as dt
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -179,6 +180,36 @@ def test_classifier_learns_whose_dislikes_are_of_which_category():
     pairs = pd.DataFrame({"user_id": ["u0", "u0", "u1", "u1"], "item_id": ["i0", "i1"] * 2})
     scores = classify(pairs)
     assert (scores > 0.5).tolist() == [True, False, False, True]
+
+
+def test_classifier_knows_what_was_shown_and_got_neither():
+    """Early on all users dislike and like as much, and only those who also pass over much dislike later."""
+    rows, shown = [], []
+    for n in range(80):
+        rows += [(f"u{n}", item, hour, (-1) ** hour) for hour, item in enumerate("abcd")]
+        if n % 2:
+            shown += [(f"u{n}", item, 4 + hour, 0) for hour, item in enumerate("efgh")]
+            rows += [(f"u{n}", item, 8 + hour, -1) for hour, item in enumerate("efgh")]
+        else:
+            rows += [(f"u{n}", item, 8 + hour, 1) for hour, item in enumerate("ef")]
+    sighted = replace(known_of(frame(*rows)), shown=frame(*shown))
+    pairs = pd.DataFrame({"user_id": ["u2", "u3"], "item_id": ["a", "a"]})
+    even, odd = fit_classifier(sighted, seed=1)(pairs)
+    assert odd > even + 0.5
+
+
+def test_log_odds_of_what_was_shown_are_smoothed():
+    history = pd.concat([PAST, frame(("u", "x", 2, 0), ("v", "y", 2, 0))])
+    found = features(history, pd.Series({"x": "a", "y": "a"}), frame(("u", "y", 9, -1)), 5)
+    # Two of four that are not disliked; y: one neither, one like; u: one neither.
+    assert found["shown_item"].tolist() == pytest.approx([np.log((1 + 2.5) / (1 + 2.5))])
+    assert found["shown_user"].tolist() == pytest.approx([np.log((1 + 2.5) / 2.5)])
+    pd.testing.assert_frame_equal(
+        found.drop(columns=["shown_item", "shown_user"]),
+        features(PAST, pd.Series({"x": "a", "y": "a"}), frame(("u", "y", 9, -1)), 5).drop(
+            columns=["shown_item", "shown_user"]
+        ),
+    )
 
 
 def test_nothing_to_tell_apart_leaves_the_classifier_out():

@@ -57,11 +57,13 @@ CONTEXTS = {
     "zoé": Context(["item 001"], [], 1, 30),
 }
 USERS = [*ENTRIES, "carl", "dora", "nobody"]
-PAGE = [*ITEMS, "no such item"]
+# One is judged in the log and in no catalogue: no ID, but a rate and a taste.
+PAGE = [*ITEMS, "no ID", "no such item"]
+RATES["no ID"] = 1.5
 
 _RNG = np.random.default_rng(4)
 # Some items and users have none; a user of `CONTEXTS` without entries has one.
-ITEM_TASTES = {item: _RNG.normal(size=2).tolist() for item in list(ITEMS)[:-1]}
+ITEM_TASTES = {item: _RNG.normal(size=2).tolist() for item in [*list(ITEMS)[:-1], "no ID"]}
 USER_TASTES = {
     user: _RNG.normal(size=1 + CODEBOOK_OF_TESTS.dim + 1).tolist()
     for user in sorted({*ENTRIES, *CONTEXTS})[1:]

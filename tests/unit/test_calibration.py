@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from warehouses import small_codebook
 
-from jobs.block_score import Calibration, HeldBack, _features_of, fit
+from jobs.block_score import Calibration, PutBack, _features_of, fit
 from negrec_core.block_score import FEATURES, Items
 from negrec_core.config import load_config
 from negrec_core.errors import InputError
-from negrec_core.semantic_ids import SemanticIds
 
 SETTINGS = load_config(environment={}).calibration
 TRUE = np.array([2.0, 1.0, 1.0, 0.5, 0.7, 0.4, 0.6, 0.5, 0.8])
@@ -30,32 +29,63 @@ def calibration(n, seed=0):
     # Scales differ as those of the real features do.
     features = rng.normal(size=(n, len(FEATURES))) * [0.3, 0.3, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     probability = 1 / (1 + np.exp(-(features @ TRUE - 1.0)))
-    return Calibration(features, rng.random(n) < probability, n, -1.0)
+    return rows(features, rng.random(n) < probability)
+
+
+def rows(features, disliked):
+    """Every row a user's only one, and held out."""
+    n = len(disliked)
+    return Calibration(features, disliked, np.ones(n, bool), np.arange(n), -1.0)
 
 
 # --------------------------------------------------------------------------------------- the fit
 
 
 def test_the_fit_recovers_the_model_that_made_the_data():
-    score = fit(calibration(20_000), SETTINGS)
+    data = calibration(20_000)
+    score = fit(data, data, SETTINGS)
     assert (np.sign(score.coefficients) == np.sign(TRUE)).all()
     np.testing.assert_allclose(score.coefficients, TRUE, atol=0.25)
     assert score.intercept == pytest.approx(-1.0, abs=0.15)
     assert (score.prior_log_odds, score.pseudo_events) == (-1.0, SETTINGS.rate_pseudo_events)
 
 
+def test_the_generators_part_comes_from_the_held_out_and_the_rest_from_everybody():
+    everybody, held_out = calibration(20_000), calibration(4_000, 1)
+    everybody.features[:, :2] = 0.0  # nothing was predicted for them
+    held_out.features[:, :2] *= 2.0
+    score = fit(everybody, held_out, SETTINGS)
+    np.testing.assert_allclose(score.coefficients[:2], TRUE[:2] / 2, atol=0.25)
+    rest = score.coefficients[2:] / TRUE[2:]
+    np.testing.assert_allclose(rest, rest.mean(), rtol=0.2)
+    few = Calibration(*(part[:150] for part in vars(held_out).values() if isinstance(part, np.ndarray)), -1.0)
+    # Their proportions stay those of everybody, however few are held out.
+    by_few = fit(everybody, few, SETTINGS).coefficients[2:]
+    np.testing.assert_allclose(by_few / by_few[0], score.coefficients[2:] / score.coefficients[2], rtol=1e-3)
+
+
+def test_the_held_out_are_told_apart():
+    data = calibration(50)
+    data.held_out[::3] = False
+    own = data.of_held_out()
+    np.testing.assert_array_equal(own.features, data.features[data.held_out])
+    np.testing.assert_array_equal(own.disliked, data.disliked[data.held_out])
+    np.testing.assert_array_equal(own.users, np.flatnonzero(data.held_out))
+    assert own.held_out.all()
+
+
 def test_the_unit_of_a_feature_changes_nothing():
     given_ = calibration(2_000)
     scale = np.array([1, 10, 0.01, 1, 3, 0.1, 7, 2, 0.5])
-    other = Calibration(given_.features * scale, given_.disliked, given_.n_users, -1.0)
-    ours, theirs = fit(given_, SETTINGS), fit(other, SETTINGS)
+    other = rows(given_.features * scale, given_.disliked)
+    ours, theirs = fit(given_, given_, SETTINGS), fit(other, other, SETTINGS)
     np.testing.assert_allclose(ours.coefficients, theirs.coefficients * scale, rtol=1e-3, atol=1e-4)
 
 
 def test_a_feature_that_is_always_the_same_does_no_harm():
     given_ = calibration(2_000)
     given_.features[:, 2] = math.log(0.1)
-    score = fit(given_, SETTINGS)
+    score = fit(given_, given_, SETTINGS)
     assert score.coefficients[2] == pytest.approx(0, abs=1e-6)
     assert np.isfinite([*score.coefficients, score.intercept]).all()
 
@@ -63,7 +93,7 @@ def test_a_feature_that_is_always_the_same_does_no_harm():
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.3])
 def test_the_threshold_blocks_at_most_the_share_of_likes_and_no_fewer_than_it_may(share):
     given_ = calibration(3_000)
-    score = fit(given_, SETTINGS.model_copy(update={"max_likes_blocked": share}))
+    score = fit(given_, given_, SETTINGS.model_copy(update={"max_likes_blocked": share}))
     liked = score.score(given_.features)[~given_.disliked]
     blocked = np.count_nonzero(liked >= score.threshold)
     assert blocked == math.floor(share * len(liked) + 1e-9)
@@ -72,17 +102,17 @@ def test_the_threshold_blocks_at_most_the_share_of_likes_and_no_fewer_than_it_ma
 @pytest.mark.parametrize(("dislikes", "likes"), [(19, 500), (500, 19), (0, 0)])
 def test_too_little_feedback_is_refused_in_one_line(dislikes, likes):
     n = dislikes + likes
-    few = Calibration(np.ones((n, len(FEATURES))), np.arange(n) < dislikes, 3, -1.0)
+    few = rows(np.ones((n, len(FEATURES))), np.arange(n) < dislikes)
     with pytest.raises(InputError, match=f"{dislikes} dislikes and {likes} likes") as caught:
-        fit(few, SETTINGS)
+        fit(calibration(2_000), few, SETTINGS)
     assert str(caught.value).isprintable()
 
 
 def test_just_enough_feedback_is_fitted():
     given_ = calibration(200)
-    rows = np.concatenate([np.flatnonzero(given_.disliked)[:20], np.flatnonzero(~given_.disliked)[:20]])
-    enough = Calibration(given_.features[rows], given_.disliked[rows], 3, -1.0)
-    assert 0 < fit(enough, SETTINGS).threshold <= 1
+    some = np.concatenate([np.flatnonzero(given_.disliked)[:20], np.flatnonzero(~given_.disliked)[:20]])
+    enough = rows(given_.features[some], given_.disliked[some])
+    assert 0 < fit(given_, enough, SETTINGS).threshold <= 1
 
 
 # ---------------------------------------------------------------------------------- the features
@@ -127,11 +157,12 @@ def features_by_loop(label, predictions, contexts, rates, tastes, ids, categorie
     ]
 
 
-def held_back(labels, predictions, contexts, rates, prior, item_tastes, user_tastes):
+def put_back(labels, predictions, contexts, rates, prior, items, item_tastes, user_tastes):
+    """What is known of users put back, and what was predicted for them."""
     text, count = pa.string(), pa.int32()
     codes = pa.list_(pa.int32())
     schemas = {
-        "labels": [("user_id", text), ("item_id", text), ("polarity", count)],
+        "labels": [("user_id", text), ("item_id", text), ("polarity", count), ("held_out", pa.bool_())],
         "predictions": [("user_id", text), ("rank", count), ("codes", codes), ("log_prob", pa.float32())],
         "contexts": [
             ("user_id", text),
@@ -148,7 +179,10 @@ def held_back(labels, predictions, contexts, rates, prior, item_tastes, user_tas
         "rates": [{"item_id": item, "log_odds": odds} for item, odds in rates.items()],
     }
     tables = {name: pa.Table.from_pylist(rows[name], pa.schema(schemas[name])) for name in rows}
-    return HeldBack(**tables, item_tastes=item_tastes, user_tastes=user_tastes, prior_log_odds=prior)
+    predicted = tables.pop("predictions")
+    return PutBack(
+        **tables, items=items, item_tastes=item_tastes, user_tastes=user_tastes, prior_log_odds=prior
+    ), predicted
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 25), st.integers(0, 15), st.integers(0, 5))
@@ -159,7 +193,12 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     users = [f"user {n}" for n in range(6)]
     pairs = [(user, item) for user in users for item in names]
     labels = [
-        {"user_id": pairs[n][0], "item_id": pairs[n][1], "polarity": int(rng.choice([-1, 1]))}
+        {
+            "user_id": pairs[n][0],
+            "item_id": pairs[n][1],
+            "polarity": int(rng.choice([-1, 1])),
+            "held_out": pairs[n][0] < "user 3",
+        }
         for n in rng.permutation(len(pairs))[:n_labels]
     ]
     predictions = [
@@ -191,18 +230,17 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     rates = {item: float(rng.normal()) for item in names[3:]}
     prior, pseudo = float(rng.normal()), 5.0
 
-    items = sorted(ids)
-    known = SemanticIds(
-        items, np.array([ids[item] for item in items], np.int32), {item: n for n, item in enumerate(items)}
-    )
+    # The last is judged and has no semantic ID.
+    items = [*sorted(ids), names[9]]
+    codes = np.array([ids[item] for item in items[:-1]], np.int32)
     categories = {item: PATHS.get(str(rng.choice([*PATHS, "none"])), (0, 0)) for item in items}
     kinds = np.array([categories[item] for item in items], np.int32)
     item_tastes = rng.normal(size=(len(items), 2))
     user_tastes = {user: rng.normal(size=1 + CODEBOOK.dim + 1) for user in users[:4]}
     tastes = dict(zip(items, item_tastes, strict=True)), user_tastes
-    back = held_back(labels, predictions, contexts, rates, prior, item_tastes, user_tastes)
-    catalogue = Items.of(CODEBOOK.unit(known.codes), kinds, back.item_tastes)
-    ours = _features_of(back, known, catalogue, PATHS, CODEBOOK, pseudo)
+    back, predicted = put_back(labels, predictions, contexts, rates, prior, items, item_tastes, user_tastes)
+    catalogue = Items.of(CODEBOOK.unit(codes), kinds, back.item_tastes)
+    ours = _features_of(back, predicted, catalogue, PATHS, CODEBOOK, pseudo)
 
     ordered = sorted(labels, key=lambda label: (label["user_id"], label["item_id"]))
     expected = [
@@ -211,5 +249,7 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     ]
     np.testing.assert_allclose(ours.features, np.reshape(expected, (-1, len(FEATURES))), atol=1e-5)
     assert ours.disliked.tolist() == [label["polarity"] == -1 for label in ordered]
-    assert ours.n_users == len({label["user_id"] for label in labels})
+    assert ours.held_out.tolist() == [label["held_out"] for label in ordered]
+    listed = sorted({label["user_id"] for label in labels})
+    assert [listed[n] for n in ours.users] == [label["user_id"] for label in ordered]
     assert ours.prior_log_odds == prior
