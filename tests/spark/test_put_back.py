@@ -8,7 +8,7 @@ import pytest
 from pyspark.sql import SparkSession
 from warehouses import DS, publish, save_codebook, small_codebook
 
-from jobs.block_score import _put_back, calibration_anchors
+from jobs.calibration import calibration_anchors, put_back
 from jobs.context import JobContext, Warehouse
 from negrec_core.config import load_config
 from negrec_core.semantic_ids import load_semantic_ids
@@ -38,7 +38,7 @@ class Site:
         self.root, self.spark = root, spark
 
     def put_back(self, *settings: str):
-        """What `_put_back` finds, and the anchors: user -> instant and whether held out."""
+        """What `put_back` finds, and the anchors: user -> instant and whether held out."""
         warehouse = Warehouse(self.root, load_config([], ["calibration.held_out_share=0.3", *settings], {}))
         warehouse.spark = self.spark
         ctx = JobContext(warehouse, DS)
@@ -47,7 +47,7 @@ class Site:
             events = events.where("polarity <> 0")
         anchors = calibration_anchors(ctx, events.where("polarity <> 0"))
         found = {row["user_id"]: (row["anchor_time"], row["held_out"]) for row in anchors.collect()}
-        with _put_back(ctx, events, anchors, self.ids, CODEBOOK.unit(self.ids.codes)) as (back, _):
+        with put_back(ctx, events, anchors, self.ids, CODEBOOK.unit(self.ids.codes)) as (back, _):
             return back, {user: (at.astimezone(dt.UTC), held) for user, (at, held) in found.items()}
 
 

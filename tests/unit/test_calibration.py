@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from warehouses import small_codebook
 
-from jobs.block_score import Calibration, PutBack, _features_of, fit
+from jobs.block_score import fit
+from jobs.calibration import Calibration, PutBack, features_of
 from negrec_core.block_score import FEATURES, Items
 from negrec_core.config import load_config
 from negrec_core.errors import InputError
@@ -240,7 +241,7 @@ def test_features_equal_a_plain_loop(seed, n_labels, n_predictions, n_contexts):
     tastes = dict(zip(items, item_tastes, strict=True)), user_tastes
     back, predicted = put_back(labels, predictions, contexts, rates, prior, items, item_tastes, user_tastes)
     catalogue = Items.of(CODEBOOK.unit(codes), kinds, back.item_tastes)
-    ours = _features_of(back, predicted, catalogue, PATHS, CODEBOOK, pseudo)
+    ours = features_of(back, predicted, catalogue, PATHS, CODEBOOK, pseudo)
 
     ordered = sorted(labels, key=lambda label: (label["user_id"], label["item_id"]))
     expected = [
