@@ -1,5 +1,6 @@
 """Stages `item_taste` and `user_taste`: what reaches the factorisation, and folding in by Spark."""
 
+import datetime as dt
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from pyspark.sql import SparkSession
 from warehouses import DS, publish, save_codebook, small_codebook
 
-from jobs.item_taste import fit_item_tastes, folded_in, judged_items, sampled
+from jobs.context import JobContext, Warehouse
+from jobs.item_taste import fit_item_tastes, folded_in, judged_items, sampled, taste_events
 from jobs.user_taste import FoldInTask, user_taste
 from negrec_core.config import load_config
 from negrec_core.semantic_ids import load_semantic_ids
@@ -83,3 +85,30 @@ def test_items_do_not_depend_on_how_rows_are_laid_out(feedback, spark, tmp_path:
     assert len(one.log_odds) == len(names)
     np.testing.assert_array_equal(one.log_odds, two.log_odds)
     np.testing.assert_array_equal(one.factors, two.factors)
+
+
+@pytest.mark.parametrize("neutral", [None, 0.5])
+def test_what_was_shown_and_got_no_feedback_is_an_event_where_it_counts(frame, spark, tmp_path, neutral):
+    config = load_config([], [f"taste.neutral={'null' if neutral is None else neutral}", "window_days=2"], {})
+    warehouse = Warehouse(tmp_path, config)
+    warehouse.spark = spark
+    warehouse.store.create_tables()
+    days = [dt.date.fromisoformat(DS) - dt.timedelta(days=back) for back in (2, 1, 0)]
+    actions = ["exposure", "comment", "click", "dislike"]
+    for day in days:
+        when = dt.datetime(day.year, day.month, day.day, 9, tzinfo=dt.UTC)
+        rows = [
+            {"user_id": "ann", "item_id": f"{day} {action}", "event_time": when, "action": action}
+            for action in actions
+        ]
+        log = frame("behavior_log", rows).drop("ds", "bucket")
+        JobContext(warehouse, day.isoformat()).write("behavior_log", log)
+    judged = {"user_id": "ann", "item_id": "x", "event_time": when, "polarity": -1, "reason_class": "product"}
+    ctx = JobContext(warehouse, DS)
+    rows = taste_events(ctx, frame("feedback", [judged])).collect()
+    found = {(row["item_id"], row["polarity"], row["reason_class"]) for row in rows}
+    shown = {(f"{day} {action}", 0, None) for day in days[1:] for action in actions[:2]}
+    assert found == {("x", -1, "product")} | (shown if neutral else set())
+    assert len(rows) == len(found)
+    # What was read is known, so that late events show the tastes as stale.
+    assert ("behavior_log" in ctx.provenance().inputs) == (neutral is not None)
