@@ -25,16 +25,23 @@ _RIDGE = 10.0  # a small site has but some hundred labels of held-out users
 _OF_GENERATOR = 2  # the first features
 
 
-def fit(everybody: Calibration, held_out: Calibration, settings: CalibrationConfig) -> BlockScore:
+def fit(
+    everybody: Calibration, held_out: Calibration, settings: CalibrationConfig
+) -> tuple[BlockScore, np.ndarray]:
     """Logistic regression of disliked against liked in two steps, then the threshold.
 
     The first step leaves the generator's features out and is fitted to everybody; the second adds them, and
-    weighs them against the log odds of the first, on the held-out alone.
+    weighs them against the log odds of the first, on the held-out alone. The threshold is that of everybody,
+    since the held-out of a small site like too little to know a hundredth of it; where nothing was predicted
+    the generator's features are taken to be those of the held-out on average.
 
     Args:
         everybody: of all users.
         held_out: of those whom the generator has not seen.
         settings: `calibration` of the configuration.
+
+    Returns:
+        The score, and what it is for the rows of `everybody`.
 
     Raises:
         InputError: too little feedback of held-out users to calibrate on.
@@ -54,14 +61,13 @@ def fit(everybody: Calibration, held_out: Calibration, settings: CalibrationConf
     scale = 1.0 + weights[_OF_GENERATOR]
     coefficients = np.concatenate([weights[:_OF_GENERATOR], rest * scale])
     intercept = intercept * scale + shift
-    scores = sigmoid(held_out.features @ coefficients + intercept)
-    return BlockScore(
-        coefficients,
-        intercept,
-        threshold_at(scores[~held_out.disliked], settings.max_likes_blocked),
-        held_out.prior_log_odds,
-        settings.rate_pseudo_events,
-    )
+    features = everybody.features.copy()
+    unpredicted = ~features[:, :_OF_GENERATOR].any(axis=1)
+    features[unpredicted, :_OF_GENERATOR] = held_out.features[:, :_OF_GENERATOR].mean(0)
+    scores = sigmoid(features @ coefficients + intercept)
+    threshold = threshold_at(scores[~everybody.disliked], settings.max_likes_blocked)
+    prior = held_out.prior_log_odds
+    return BlockScore(coefficients, intercept, threshold, prior, settings.rate_pseudo_events), scores
 
 
 def _logistic(
@@ -99,9 +105,8 @@ def run(ctx: JobContext) -> None:
     ctx.read("item_semantic_id", [ctx.ds])
     events = visible(ctx, taste_events(ctx, ctx.read_window("feedback")))
     everybody, held_out, order = collect_calibration(ctx, events, generator)
-    score = fit(everybody, held_out, ctx.config.calibration)
-    scores = score.score(held_out.features)
-    liked, disliked = scores[~held_out.disliked], scores[held_out.disliked]
+    score, scores = fit(everybody, held_out, ctx.config.calibration)
+    liked, disliked = scores[~everybody.disliked], scores[everybody.disliked]
     points = curve(liked, disliked, _CURVE_SHARES)
     row = {
         "features": list(FEATURES),
@@ -115,7 +120,7 @@ def run(ctx: JobContext) -> None:
         "set_weights": order.weights.tolist(),
         "prior_log_odds": score.prior_log_odds,
         "pseudo_events": score.pseudo_events,
-        "n_users": len(np.unique(held_out.users)),
+        "n_users": len(np.unique(everybody.users)),
         "n_likes": len(liked),
         "n_dislikes": len(disliked),
         "ds": ctx.ds,

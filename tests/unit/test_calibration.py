@@ -44,7 +44,8 @@ def rows(features, disliked):
 
 def test_the_fit_recovers_the_model_that_made_the_data():
     data = calibration(20_000)
-    score = fit(data, data, SETTINGS)
+    score, scores = fit(data, data, SETTINGS)
+    np.testing.assert_allclose(scores, score.score(data.features))
     assert (np.sign(score.coefficients) == np.sign(TRUE)).all()
     np.testing.assert_allclose(score.coefficients, TRUE, atol=0.25)
     assert score.intercept == pytest.approx(-1.0, abs=0.15)
@@ -55,13 +56,18 @@ def test_the_generators_part_comes_from_the_held_out_and_the_rest_from_everybody
     everybody, held_out = calibration(20_000), calibration(4_000, 1)
     everybody.features[:, :2] = 0.0  # nothing was predicted for them
     held_out.features[:, :2] *= 2.0
-    score = fit(everybody, held_out, SETTINGS)
+    score, scores = fit(everybody, held_out, SETTINGS)
     np.testing.assert_allclose(score.coefficients[:2], TRUE[:2] / 2, atol=0.25)
     rest = score.coefficients[2:] / TRUE[2:]
     np.testing.assert_allclose(rest, rest.mean(), rtol=0.2)
     few = Calibration(*(part[:150] for part in vars(held_out).values() if isinstance(part, np.ndarray)), -1.0)
+    # Where nothing was predicted, the generator's part is that of the held-out on average.
+    features = everybody.features.copy()
+    features[:, :2] = held_out.features[:, :2].mean(0)
+    np.testing.assert_allclose(scores, score.score(features))
+    assert np.mean(scores[~everybody.disliked] >= score.threshold) == pytest.approx(0.01, abs=1e-4)
     # Their proportions stay those of everybody, however few are held out.
-    by_few = fit(everybody, few, SETTINGS).coefficients[2:]
+    by_few = fit(everybody, few, SETTINGS)[0].coefficients[2:]
     np.testing.assert_allclose(by_few / by_few[0], score.coefficients[2:] / score.coefficients[2], rtol=1e-3)
 
 
@@ -79,14 +85,14 @@ def test_the_unit_of_a_feature_changes_nothing():
     given_ = calibration(2_000)
     scale = np.array([1, 10, 0.01, 1, 3, 0.1, 7, 2, 0.5])
     other = rows(given_.features * scale, given_.disliked)
-    ours, theirs = fit(given_, given_, SETTINGS), fit(other, other, SETTINGS)
+    ours, theirs = (fit(data, data, SETTINGS)[0] for data in (given_, other))
     np.testing.assert_allclose(ours.coefficients, theirs.coefficients * scale, rtol=1e-3, atol=1e-4)
 
 
 def test_a_feature_that_is_always_the_same_does_no_harm():
     given_ = calibration(2_000)
     given_.features[:, 2] = math.log(0.1)
-    score = fit(given_, given_, SETTINGS)
+    score, _ = fit(given_, given_, SETTINGS)
     assert score.coefficients[2] == pytest.approx(0, abs=1e-6)
     assert np.isfinite([*score.coefficients, score.intercept]).all()
 
@@ -94,7 +100,7 @@ def test_a_feature_that_is_always_the_same_does_no_harm():
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.3])
 def test_the_threshold_blocks_at_most_the_share_of_likes_and_no_fewer_than_it_may(share):
     given_ = calibration(3_000)
-    score = fit(given_, given_, SETTINGS.model_copy(update={"max_likes_blocked": share}))
+    score, _ = fit(given_, given_, SETTINGS.model_copy(update={"max_likes_blocked": share}))
     liked = score.score(given_.features)[~given_.disliked]
     blocked = np.count_nonzero(liked >= score.threshold)
     assert blocked == math.floor(share * len(liked) + 1e-9)
@@ -113,7 +119,7 @@ def test_just_enough_feedback_is_fitted():
     given_ = calibration(200)
     some = np.concatenate([np.flatnonzero(given_.disliked)[:20], np.flatnonzero(~given_.disliked)[:20]])
     enough = rows(given_.features[some], given_.disliked[some])
-    assert 0 < fit(given_, enough, SETTINGS).threshold <= 1
+    assert 0 < fit(given_, enough, SETTINGS)[0].threshold <= 1
 
 
 # ---------------------------------------------------------------------------------- the features
