@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 _STAGING = "negative_item_set_shard"
-_OF_SETS = ("set_size", "popular_ids", "recent_days", "rare_places")
+_OF_SETS = ("set_size", "popular_ids", "recent_days", "rare_places", "rare_from")
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,9 @@ def set_rows(
 ) -> Iterator[dict[str, Any]]:
     """The predicted set of one row of `users_of`."""
     found, popularity = market.candidates(user)
-    chosen = order.choose(found, popularity, settings.set_size, settings.rare_places)
+    # For a user of whom little is known, what many dislike is the better guess.
+    rare_places = settings.rare_places if len(user["known"] or []) >= settings.rare_from else 0
+    chosen = order.choose(found, popularity, settings.set_size, rare_places)
     codes = market.trie.codes_of(found.ids[chosen]).tolist()
     for rank, (own, log_prob) in enumerate(zip(codes, found.log_probs[chosen].tolist(), strict=True), 1):
         yield {

@@ -172,6 +172,15 @@ def test_a_set_may_hold_what_no_beam_found_and_nothing_that_is_known() -> None:
     assert [row["codes"] for row in rows] == [[0, 0], [2, 2]]
 
 
+def test_places_are_kept_for_rare_ids_from_so_many_dislikes_on() -> None:
+    settings = GENERATION.model_copy(update={"set_size": 1, "rare_places": 1, "rare_from": 2})
+    entries = [{"rank": 1, "codes": [2, 2], "log_prob": -1.0}]
+    by_dislikes = SetOrder(np.array([0.1, 0, 1.0, 0, 0, 0]))
+    for known, first in ((None, [1, 0]), (["gone"], [1, 0]), (["gone", "lost"], [0, 0])):
+        user = {"user_id": "u", "anchor": 0, "known": known, "entries": entries}
+        assert [row["codes"] for row in set_rows(user, market([]), by_dislikes, settings)] == [first]
+
+
 def test_the_order_puts_first_what_was_disliked_next() -> None:
     """Beams say e, but everybody goes on to dislike c or d; what lacks an ID or was liked says nothing."""
     entries = [{"rank": 1, "codes": [2, 2], "log_prob": -1.0}, {"rank": 2, "codes": [0, 1], "log_prob": -2.0}]
