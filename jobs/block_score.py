@@ -22,7 +22,7 @@ from negrec_core.set_order import SET_FEATURES
 _CURVE_SHARES = np.array([0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5])
 _LEAST = 20
 _RIDGE = 10.0  # a small site has but some hundred labels of held-out users
-_OF_GENERATOR = 2  # the first features
+_OF_GENERATOR = FEATURES.index("item_log_odds")  # so many, the first, are the generator's
 
 
 def fit(

@@ -157,7 +157,15 @@ class _Frames:
 def put_back(
     ctx: JobContext, events: "DataFrame", anchors: "DataFrame", ids: SemanticIds, unit: np.ndarray
 ) -> Iterator[tuple[PutBack, _Frames]]:
-    """Put users back to their anchors, no more than `calibration.max_users` of them, the held-out first."""
+    """Put users back to their anchors, no more than `calibration.max_users` of them, the held-out first.
+
+    Args:
+        ctx: the run.
+        events: rows of `taste_events` that may be used.
+        anchors: (user_id, anchor_time, held_out), one row per user.
+        ids: the items that have a semantic ID.
+        unit: their unit embeddings, [items, dim].
+    """
     from pyspark.sql import functions as F
 
     settings, window = ctx.config.calibration, ctx.config.window_days

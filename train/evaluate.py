@@ -151,7 +151,7 @@ def evaluate(
     category = items.set_index("item_id")["category"]
     pseudo = config.calibration.rate_pseudo_events
     shown = load_shown(store, config, ds)
-    neither = _neither(store, config, ds)
+    neither = load_neither(store, config, ds, past)
     known = Known(past, category, graph, leaf_of_item, trie.n_ids, pseudo, neither)
     candidates = draw_candidates(future, shown, config.timezone, seed)
     methods = ours(store, warehouse / "models", config.generation, snapshot, predicted)
@@ -223,19 +223,24 @@ def load_shown(store: DeltaStore, config: Config, ds: str) -> pd.DataFrame:
     return rows[_in_horizon(rows, _anchors(store, config, ds, rows["user_id"]), config)]
 
 
-def _neither(store: DeltaStore, config: Config, ds: str) -> pd.DataFrame:
-    """Columns of `feedback` of what was shown before its user's anchor and was neither disliked nor liked.
+def load_neither(store: DeltaStore, config: Config, ds: str, past: pd.DataFrame) -> pd.DataFrame:
+    """Columns of `feedback` of what was shown before its user's anchor and was, by `past`, never judged.
 
     Nothing where tastes do not use it, so that every method knows the same.
     """
     columns = ["user_id", "item_id", "event_time"]
     first = (dt.date.fromisoformat(ds) - dt.timedelta(days=config.window_days - 1)).isoformat()
-    days = [d for d in store.days("behavior_log") if first <= d <= ds] if config.taste.neutral else []
+    days = (
+        [d for d in store.days("behavior_log") if first <= d <= ds]
+        if config.taste.neutral is not None
+        else []
+    )
     rows = store.read("behavior_log", [*columns, "action"], days=days).to_pandas()
     neutral = [action for action, polarity in config.feedback.polarity.items() if not polarity]
     anchor = _anchors(store, config, ds, rows["user_id"])
-    before = anchor.isna() | (rows["event_time"] < anchor)
-    return rows.loc[before & rows["action"].isin(neutral), columns].assign(polarity=0)
+    kept = (anchor.isna() | (rows["event_time"] < anchor)) & rows["action"].isin(neutral)
+    pairs, known = (pd.MultiIndex.from_frame(frame[["user_id", "item_id"]]) for frame in (rows, past))
+    return rows.loc[kept & ~pairs.isin(known), columns].assign(polarity=0)
 
 
 def _anchors(store: DeltaStore, config: Config, ds: str, users: pd.Series) -> pd.Series:

@@ -15,7 +15,14 @@ from negrec_core.metrics import FIGURES, LONG_TAIL
 from negrec_core.schemas import TABLES
 from negrec_core.set_order import ANYBODY
 from negrec_core.trie import Trie
-from train.evaluate import CandidateCounts, evaluate, hit_table, load_predictions, split_feedback
+from train.evaluate import (
+    CandidateCounts,
+    evaluate,
+    hit_table,
+    load_neither,
+    load_predictions,
+    split_feedback,
+)
 
 DAY = dt.date.fromisoformat(DS)
 CONFIG = load_config([], [], {})
@@ -95,6 +102,30 @@ def test_explicit_anchors_split_each_user_at_its_own(tmp_path):
     past, future = split_feedback(store, config, DS)
     assert sorted(seen(past)) == [("early", "a"), ("late", "a"), ("none", "a")]
     assert sorted(seen(future)) == [("early", "b"), ("early", "c"), ("late", "b")]
+
+
+@pytest.mark.parametrize(
+    ("neutral", "found"), [("null", []), ("0.0", ["passed over"]), ("0.5", ["passed over"])]
+)
+def test_neither_is_what_was_shown_before_the_anchor_and_never_judged(tmp_path, neutral, found):
+    store = DeltaStore(tmp_path)
+    log(store, [event("u", "liked", at(-1), 1)])
+    shown = [
+        {**event("u", item, time), "action": action}
+        for item, time, action in (
+            ("passed over", at(0), "exposure"),
+            ("liked", at(0), "exposure"),
+            ("not shown", at(0), "share"),
+            ("later", CONFIG.end_of_day(DS) + MICRO, "exposure"),
+        )
+    ]
+    logged = [{name: row[name] for name in ("user_id", "item_id", "event_time", "action")} for row in shown]
+    write_rows(store, "behavior_log", logged, DS, revision=2)
+    config = load_config([], [f"taste.neutral={neutral}"], {})
+    past, _ = split_feedback(store, config, DS)
+    rows = load_neither(store, config, DS, past)
+    assert rows["item_id"].tolist() == found
+    assert (rows["polarity"] == 0).all()
 
 
 def frame(*events):
