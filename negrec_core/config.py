@@ -231,7 +231,7 @@ class GenerationConfig(_Model):
     rare_places: int = Field(ge=0, description="places of a set kept for IDs that hardly anybody disliked")
     rare_from: int = Field(ge=0, description="past dislikes of a user from which these places are kept")
     dtype: Literal["float32", "bfloat16"] = Field(
-        description="number format of the generator; bfloat16 is many times slower on CPUs without AVX-512"
+        description="number format of the generator; bfloat16 is slow on a CPU that lacks instructions for it"
     )
     pad_prompts_to: Positive = Field(
         description="prompts are padded on the left to a multiple of this; vLLM: its KV block size"

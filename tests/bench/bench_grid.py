@@ -3,9 +3,8 @@
     python tests/bench/bench_grid.py [--quick] [--models 0.9M 9.6M 107M] [--widths 20 50 128]
         [--prompts 128 250 256 1000] [--engines torch vllm] [--seconds 5]
 
-fp32 for the smallest model and on CPUs without AVX-512, which compute bf16 many times slower; else bf16.
-10,000 legal IDs. A cell takes as many users as come to about the given seconds for both its warm-up and its
-measure.
+fp32 for the smallest model and on CPUs without AVX-512, where bf16 is slower still; else bf16. 10,000 legal
+IDs. A cell takes as many users as come to about the given seconds for both its warm-up and its measure.
 """
 
 import argparse
@@ -36,7 +35,7 @@ def main() -> None:
         options.models, options.widths, options.prompts, options.seconds = ["0.9M"], [20, 50], [128, 250], 2
     trie = catalogue()
     kinds = [kind for kind in options.engines if kind == "torch" or importlib.util.find_spec("vllm")]
-    computes_bf16 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    computes_bf16 = torch.cuda.is_available() or "AVX512" in torch.backends.cpu.get_cpu_capability()
     for model, kind in itertools.product(options.models, kinds):
         dtype = "float32" if model == "0.9M" or not computes_bf16 else "bfloat16"
         with tempfile.TemporaryDirectory() as folder:
