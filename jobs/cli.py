@@ -419,7 +419,10 @@ def vacuum(
 def evaluate(
     ctx: typer.Context,
     ds: Day,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write the figures here, as JSON, and their resamples beside it, as Parquet."),
+    ] = None,
     seed: Seed = 7,
     sequential: Annotated[
         Path | None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import BaseModel
 from rich.table import Table
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 8
 _SHOWN_STALE = 20
+# Its seven digits are more than a resample tells.
+_DRAWS = pa.schema([("method", pa.string()), ("figure", pa.string()), ("draws", pa.list_(pa.float32()))])
 
 
 def show_import(summary: "ImportSummary") -> None:
@@ -245,7 +248,7 @@ def show_withdrawn(warehouse: Warehouse, ds: str, withdrawn: bool) -> None:
 
 
 def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
-    """The figures, and a file of them if asked for."""
+    """The figures, and if asked for a file of them with their draws beside it."""
     head = (
         f"list of {evaluation.ds} against the days after: {evaluation.users:,} users,"
         f" {evaluation.dislikes:,} dislikes, {evaluation.likes:,} likes; seed {evaluation.seed},"
@@ -282,7 +285,14 @@ def show_evaluation(evaluation: "Evaluation", out: Path | None) -> None:
     )
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(asdict(evaluation), indent=1), encoding="utf-8")
+        content = asdict(evaluation)
+        rows = [
+            {"method": method, "figure": figure, "draws": draws}
+            for method, own in content.pop("draws").items()
+            for figure, draws in own.items()
+        ]
+        pq.write_table(pa.Table.from_pylist(rows, _DRAWS), out.with_suffix(".parquet"))
+        out.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _estimate(figure: Estimate | None, sign: str = "") -> str:

@@ -170,7 +170,7 @@ def within_user_auc(ordered: np.ndarray, pairs: np.ndarray) -> float:
 
 
 def bootstrap(
-    figures: Callable[[np.ndarray], float | list[float]], users: np.ndarray, seed: int, rounds: int = 200
+    figures: Callable[[np.ndarray], float | list[float]], users: np.ndarray, seed: int = 7, rounds: int = 1000
 ) -> np.ndarray:
     """Figures over all users, and over resamples of them.
 
@@ -178,7 +178,7 @@ def bootstrap(
         figures: takes how often each row counts [n], float64, and gives one or more figures.
         users: codes of the rows' users [n]; a user's rows are drawn together.
         seed: of the resampling; the same seed draws the same of the same users for every figure, so that
-            the difference of two results is that of paired resamples.
+            the difference of two results is that of paired resamples, and so is the mean over models.
         rounds: resamples.
 
     Returns:
@@ -193,8 +193,9 @@ def bootstrap(
     return np.array(draws, float)
 
 
-def mean_over_users(values: np.ndarray, seed: int) -> np.ndarray:
+def mean_over_users(values: np.ndarray) -> np.ndarray:
     """`bootstrap` of the mean of one value per user, in the same order for every figure; NaN without any."""
-    if not len(values):
-        return np.full(1, np.nan)
-    return bootstrap(lambda times: float(np.average(values, weights=times)), np.arange(len(values)), seed)
+    return bootstrap(
+        lambda times: float(np.average(values, weights=times)) if len(times) else float("nan"),
+        np.arange(len(values)),
+    )

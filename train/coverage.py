@@ -18,7 +18,6 @@ def coverage(
     category: pd.Series,
     graph: pd.DataFrame,
     expansion: int,
-    seed: int,
 ) -> dict[str, dict[str, Estimate]]:
     """Mean share of a user's main negative interests that is covered, over users with a later dislike.
 
@@ -28,7 +27,6 @@ def coverage(
         category: item -> category path; items without one are left out.
         graph: rows of `item_graph`.
         expansion: Swing neighbours added per dislike.
-        seed: of the bootstrap.
 
     Returns:
         "top-1" and "top-4" -> covered by the next dislike, by all of the horizon, and by those and their
@@ -49,7 +47,7 @@ def coverage(
     for top in TOP:
         main = interests[interests["place"] < top]
         found[f"top-{top}"] = {
-            name: Estimate.of(mean_over_users(_share_covered(main, items, category), seed))
+            name: Estimate.of(mean_over_users(_share_covered(main, items, category)))
             for name, items in covers.items()
         }
     return found

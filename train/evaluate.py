@@ -78,13 +78,16 @@ class Evaluation:
 
     Attributes:
         ds: log date of the list.
-        seed: of the random method and the bootstrap.
+        seed: of the random method and of the candidates drawn.
         users: users with judged exposures after their anchors.
         dislikes: disliked exposures.
         likes: liked exposures.
         listed: users with a list.
         illegal: predicted IDs that no item has.
         rows: the methods, ours first.
+        draws: method -> figure -> the figure and its value in each resample of the users, as
+            `negrec_core.metrics.bootstrap` gives them. Two lists of the same users have the same resamples,
+            so that the difference or the mean of their draws has an interval, too.
         candidates: whom the candidate accuracy judges.
         coverage: of the users' main negative interests, see `train.coverage`.
         without: feature -> share of dislikes blocked at 1 % of likes with the feature held at its
@@ -102,6 +105,7 @@ class Evaluation:
     listed: int
     illegal: int
     rows: list[Row]
+    draws: dict[str, dict[str, np.ndarray]]
     candidates: CandidateCounts
     coverage: dict[str, dict[str, Estimate]]
     without: dict[str, float]
@@ -167,11 +171,10 @@ def evaluate(
     draws = {}
     for name, method in methods.items():
         scores, of_candidates = np.split(method.score(pairs), [len(exposures)])
-        draws[name] = _blocked(scores, exposures, seed) | _long_tail(scores, exposures, past, seed)
+        draws[name] = _blocked(scores, exposures) | _long_tail(scores, exposures, past)
         if method.sets is not None:
-            draws[name] |= predicted_draws(hit_table(past, future, method.sets, leaf_of_item), seed)
-        accuracy = chosen(candidates.pairs, of_candidates)
-        draws[name]["candidate accuracy"] = mean_over_users(accuracy, seed)
+            draws[name] |= predicted_draws(hit_table(past, future, method.sets, leaf_of_item))
+        draws[name]["candidate accuracy"] = mean_over_users(chosen(candidates.pairs, of_candidates))
     features = pair_features(snapshot, exposures)
     disliked = exposures["disliked"].to_numpy()
     over = snapshot.score.score(features) >= snapshot.score.threshold
@@ -184,8 +187,9 @@ def evaluate(
         listed=len(snapshot.users),
         illegal=illegal,
         rows=[_row(name, own, draws[OURS]) for name, own in draws.items()],
+        draws=draws,
         candidates=_counts(candidates),
-        coverage=coverage(past, future, category, graph, config.labels.expansion, seed),
+        coverage=coverage(past, future, category, graph, config.labels.expansion),
         without={
             name: _ranking(snapshot.score.score(_flattened(features, n)), exposures).curve().blocked_at(0.01)
             for n, name in enumerate(FEATURES)
@@ -328,7 +332,7 @@ def _ranking(scores: np.ndarray, exposures: pd.DataFrame) -> Ranking:
     return Ranking.of(scores, exposures["disliked"].to_numpy())
 
 
-def _blocked(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+def _blocked(scores: np.ndarray, exposures: pd.DataFrame) -> dict[str, np.ndarray]:
     """Draws of the figures that judge scores of exposures."""
     ranking, users = _ranking(scores, exposures), exposures["user"].to_numpy()
 
@@ -338,23 +342,19 @@ def _blocked(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> dict[str
         return [curve.blocked_at(0.01), curve.blocked_at(0.05), curve.auc(), *lost]
 
     names = ("blocked at 1 %", "blocked at 5 %", "AUC", *FIGURES["likes lost at equal recall"])
-    found = dict(zip(names, bootstrap(overall, users, seed).T, strict=True))
-    found["AUC within user"] = within_user_draws(scores, exposures, seed)
+    found = dict(zip(names, bootstrap(overall, users).T, strict=True))
+    found["AUC within user"] = within_user_draws(scores, exposures)
     return found
 
 
-def within_user_draws(scores: np.ndarray, exposures: pd.DataFrame, seed: int) -> np.ndarray:
+def within_user_draws(scores: np.ndarray, exposures: pd.DataFrame) -> np.ndarray:
     """Draws of the within-user AUC of scores of exposures, as `train.baselines.judged` makes them."""
     # Summed per user beforehand: a user drawn twice must count twice, not pair with itself.
     ordered, pairs = user_pairs(scores, exposures["disliked"].to_numpy(), exposures["user"].to_numpy())
-    return bootstrap(
-        lambda times: within_user_auc(ordered * times, pairs * times), np.arange(len(pairs)), seed
-    )
+    return bootstrap(lambda times: within_user_auc(ordered * times, pairs * times), np.arange(len(pairs)))
 
 
-def _long_tail(
-    scores: np.ndarray, exposures: pd.DataFrame, past: pd.DataFrame, seed: int
-) -> dict[str, np.ndarray]:
+def _long_tail(scores: np.ndarray, exposures: pd.DataFrame, past: pd.DataFrame) -> dict[str, np.ndarray]:
     """Draws of the blocked shares among the exposures of new users, and among those of rare items."""
     found: dict[str, np.ndarray] = {}
     for who, mask in (
@@ -369,11 +369,11 @@ def _long_tail(
             return [curve.blocked_at(0.01), curve.blocked_at(0.05)]
 
         names = (f"{who}: blocked at 1 %", f"{who}: blocked at 5 %")
-        found |= dict(zip(names, bootstrap(blocked, rows["user"].to_numpy(), seed).T, strict=True))
+        found |= dict(zip(names, bootstrap(blocked, rows["user"].to_numpy()).T, strict=True))
     return found
 
 
-def predicted_draws(hits: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+def predicted_draws(hits: pd.DataFrame) -> dict[str, np.ndarray]:
     """Draws of the figures that judge predicted sets."""
     values = {
         "HR@20": hits["hr"],
@@ -381,7 +381,7 @@ def predicted_draws(hits: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
         "LUF@20": hits["fhr"][hits["short"]],
         "LIF@20": hits["lif"][hits["tail"]],
     }
-    return {name: mean_over_users(own.to_numpy(float), seed) for name, own in values.items()}
+    return {name: mean_over_users(own.to_numpy(float)) for name, own in values.items()}
 
 
 def _counts(candidates: Candidates) -> CandidateCounts:

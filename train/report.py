@@ -1,4 +1,4 @@
-"""`train/RESULTS.md` from the cells that `train.tables` worked out."""
+"""`train/RESULTS.md` from what `train.tables` and `train.ablation` found."""
 
 import json
 import math
@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from negrec_core.metrics import FIGURES, LONG_TAIL, Estimate
 from train.ours import GENERATION, OURS, SIMILARITY
 from train.plots import plot_methods
 
 _PARTS = (OURS, SIMILARITY, GENERATION)
+_NONE = {"value": math.nan}
 # The figures of which less is better.
 _LOST = FIGURES["likes lost at equal recall"]
 _CLAIMS = (
@@ -28,11 +27,14 @@ _CLAIMS = (
 _HEAD = """# Results
 
 Made by `make tables` from the files in `results/`; not to be edited. Figures are means over seeds. Intervals
-are 95 % bootstrap intervals over users, their ends averaged over seeds; those of a difference are paired:
-both methods are judged on the same resampled users. `similarity alone` is the cosine to the nearest
+are 95 % bootstrap intervals over users, of the mean over seeds in each of 1,000 resamples; those of a
+difference are paired: both methods are judged on the same resampled users. ± is the standard deviation of
+the difference over seeds, which the intervals do not hold. `similarity alone` is the cosine to the nearest
 predicted ID, the rule of the paper; `generation alone` is the generator's log-likelihood of the item's
 semantic ID. Both are parts of negrec, not baselines. Likes lost: the share of the likes that is blocked
-together with that share of the dislikes; less is better.
+together with that share of the dislikes; less is better. How many were judged and the coverage of main
+negative interests are those of the first seed: of a log all seeds have the same; in the demo world each
+seed is a world of its own.
 """
 
 _ABLATION = """## What each part of the curriculum adds
@@ -40,9 +42,8 @@ _ABLATION = """## What each part of the curriculum adds
 Made by `python -m train.ablation`. Each row is a generator alone, without the block score and without
 choosing its set anew among what is disliked most: the first 20 IDs of its beam search, the candidate
 accuracy by its likelihood of the candidates (generation) and by the cosine to the nearest of the 20
-(similarity), and the within-user AUC of both. Differences are to the row named, paired over users, from the
-mean over seeds on each resample; ± is the standard deviation of the difference over seeds, which the
-intervals do not hold. All rows of a data set have the same vocabulary, starting weights per seed, samples
+(similarity), and the within-user AUC of both. Differences are to the row named, with intervals and ± as
+above, of 200 resamples. All rows of a data set have the same vocabulary, starting weights per seed, samples
 and settings but for what the row says. TIGER's task is next-item generation from scratch over semantic IDs;
 here it is a decoder that also learns from each event of the past, knows likes from dislikes, and has a
 likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back. P5-CID's IDs come from
@@ -64,88 +65,99 @@ def write_report(results: Path, order: Sequence[str], out: Path) -> None:
     """Write the report and its plots.
 
     Args:
-        results: folder of the cells; plots are written there too. Its folder `ablation` holds what
-            `train.ablation` found.
+        results: folder of the files that `train.summary` makes; plots are written there too. Its folder
+            `ablation` holds what `train.ablation` found.
         order: names of the data sets.
         out: file of the report, in the folder above `results`.
     """
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
-    by_dataset = {name: [cell for cell in cells if cell["dataset"] == name] for name in order}
-    judged = {name: own for name, all_ in by_dataset.items() if (own := [c for c in all_ if not c["error"]])}
-    parts = [_HEAD, _summary(judged.values())]
-    for name, own in judged.items():
-        parts.append(_dataset(own, results, name))
+    paths = [path for name in order if (path := results / f"{name}.json").exists()]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    judged = [dataset for dataset in found if dataset["rows"]]
+    parts = [_HEAD, _summary(judged), *(_dataset(dataset, results) for dataset in judged)]
     ablations = sorted((results / "ablation").glob("*.json"))
     if ablations:
         parts.append(_ABLATION)
     for path in ablations:
-        found = json.loads(path.read_text(encoding="utf-8"))
         plot = path.with_suffix(".png")
-        parts.append(_ablation(found, plot, plot.relative_to(out.parent)))
-    parts.append(_costs(cell for all_ in by_dataset.values() for cell in all_))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(_ablation(content, plot, plot.relative_to(out.parent)))
+    parts.append(_costs(cell for dataset in found for cell in dataset["cells"]))
     out.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _summary(datasets: Iterable[list[dict[str, Any]]]) -> str:
+def _summary(datasets: Sequence[dict[str, Any]]) -> str:
     rows = []
-    for cells in datasets:
-        methods = _rows(cells, "figures")
-        differences = _rows(cells, "difference")
-        seeds = _seeds(cells)
+    for dataset in datasets:
+        ours, *others = dataset["rows"]
         for figure in _CLAIMS:
-            others = {
-                name: figures[figure].value
-                for name, figures in methods.items()
-                if name not in _PARTS and figure in figures and not math.isnan(figures[figure].value)
-            }
-            if others:
-                best = (min if figure in _LOST else max)(others, key=others.__getitem__)
-                # With its seeds, so that the difference is that of what stands beside it.
-                ours = _rows([c for c in cells if c["seed"] in seeds[best]], "figures")[OURS][figure]
-                ratio = f"{ours.value / others[best]:.2f}" if others[best] else "-"
-                difference = _show(differences[best][figure], "+")
-                named = _named(best, seeds)
+            known = [
+                row
+                for row in others
+                if row["method"] not in _PARTS and not math.isnan(row["figures"].get(figure, _NONE)["value"])
+            ]
+            if known:
+                best = (min if figure in _LOST else max)(
+                    known, key=lambda row: row["figures"][figure]["value"]
+                )
+                of_best, difference = best["figures"][figure]["value"], best["difference"][figure]
+                # Over the seeds of both, as the difference is, so that the three agree.
+                value = of_best + difference["value"]
+                alike = best["seeds"] == ours["seeds"]
                 rows.append(
-                    [cells[0]["title"], figure, _show(ours), named, f"{others[best]:.3f}", ratio, difference]
+                    [
+                        dataset["title"],
+                        figure,
+                        _show(_of(ours["figures"][figure])) if alike else f"{value:.3f}",
+                        _named(best, ours),
+                        f"{of_best:.3f}",
+                        f"{value / of_best:.2f}" if of_best else "-",
+                        _shift(difference),
+                    ]
                 )
     head = ["data", "figure", OURS, "best other", "of that", "ratio", "difference"]
     return "## Beside the best other method\n\n" + _table(head, rows)
 
 
-def _dataset(cells: list[dict[str, Any]], results: Path, name: str) -> str:
-    found = cells[0]["evaluation"]
-    seeds = ", ".join(str(cell["seed"]) for cell in cells)
-    drawn = found["candidates"]
+def _dataset(found: dict[str, Any], results: Path) -> str:
+    judged = next(cell["evaluation"] for cell in found["cells"] if not cell["error"])
+    ours = found["rows"][0]
+    drawn = judged["candidates"]
     lines = [
-        f"## {cells[0]['title']}\n",
-        f"{found['users']:,} users, {found['dislikes']:,} dislikes, {found['likes']:,} likes; seeds {seeds}."
-        f" Candidate accuracy: {drawn['users']:,} users, {drawn['whole']:,} of them with all 20 candidates,"
-        f" {drawn['other_days']:,} with some of other days; {drawn['alone']:,} users were shown nothing else"
-        " and are left out.\n",
+        f"## {found['title']}\n",
+        f"{judged['users']:,} users, {judged['dislikes']:,} dislikes, {judged['likes']:,} likes; seeds"
+        f" {', '.join(map(str, ours['seeds']))}. Candidate accuracy: {drawn['users']:,} users,"
+        f" {drawn['whole']:,} of them with all 20 candidates, {drawn['other_days']:,} with some of other"
+        f" days; {drawn['alone']:,} users were shown nothing else and are left out.\n",
     ]
-    of = _seeds(cells)
-    methods, differences = (
-        {_named(method, of): row for method, row in _rows(cells, kind).items()}
-        for kind in ("figures", "difference")
-    )
     for about, names in {**FIGURES, "the long tail": LONG_TAIL}.items():
-        lines += [f"### {about.capitalize()}\n", _methods(methods, names, "")]
-        lines += [f"{OURS} minus:\n", _methods({m: r for m, r in differences.items() if r}, names, "+")]
-    lines += ["### Main negative interests covered\n", _coverage(cells)]
-    plot = results / f"{name}.png"
+        head = ["method", *names]
+        body = [
+            [
+                _named(row, ours),
+                *(_show(_of(row["figures"][n]) if n in row["figures"] else None) for n in names),
+            ]
+            for row in found["rows"]
+        ]
+        lines += [f"### {about.capitalize()}\n", _table(head, body)]
+        body = [
+            [_named(row, ours), *(_shift(row["difference"].get(n)) for n in names)]
+            for row in found["rows"]
+            if row["difference"]
+        ]
+        lines += [f"{OURS} minus:\n", _table(head, body)]
+    lines += ["### Main negative interests covered\n", _coverage(judged["coverage"])]
+    plot = results / f"{found['dataset']}.png"
     shown = ("blocked at 1 %", "blocked at 5 %", *FIGURES["likes lost at equal recall"])
-    plot_methods({f: {m: row[f] for m, row in methods.items()} for f in shown}, plot, cells[0]["title"])
-    return "\n".join([*lines, f"![{cells[0]['title']}]({results.name}/{plot.name})\n"])
+    bars = {f: {_named(row, ours): _of(row["figures"][f]) for row in found["rows"]} for f in shown}
+    plot_methods(bars, plot, found["title"])
+    return "\n".join([*lines, f"![{found['title']}]({results.name}/{plot.name})\n"])
 
 
-def _coverage(cells: list[dict[str, Any]]) -> str:
-    shares = [cell["evaluation"]["coverage"] for cell in cells]
-    head = ["", *next(iter(shares[0].values()))]
-    rows = [
-        [top, *(_show(_mean([share[top][column] for share in shares])) for column in head[1:])]
-        for top in shares[0]
-    ]
-    return _table(head, rows)
+def _coverage(shares: dict[str, dict[str, dict[str, float]]]) -> str:
+    head = ["", *next(iter(shares.values()))]
+    return _table(
+        head, [[top, *(_show(_of(own[column])) for column in head[1:])] for top, own in shares.items()]
+    )
 
 
 def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
@@ -244,10 +256,16 @@ def _steps(rows: Iterable[dict[str, Any]]) -> str:
                 ", ".join(f"{name} {value:.3f}" for name, value in accuracy if value is not None) or "-",
                 lost,
                 reward,
+                ", ".join(
+                    f"{s['step']} {s['measured']['steps']:,.0f}"
+                    for s in row["steps"]
+                    if "steps" in s["measured"]
+                )
+                or "-",
                 f"{sum(step['measured'].get('seconds', 0) for step in row['steps']):,.0f}",
             ]
         )
-    return _table(["row", "alignment after", "forgotten", "reward", "training, s"], body)
+    return _table(["row", "alignment after", "forgotten", "reward", "updates", "training, s"], body)
 
 
 def _costs(cells: Iterable[dict[str, Any]]) -> str:
@@ -272,39 +290,10 @@ def _costs(cells: Iterable[dict[str, Any]]) -> str:
     return "## Cost, and cells that failed\n\n" + note + _table(head, rows)
 
 
-def _rows(cells: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Estimate]]:
-    """Method -> figure -> mean over the cells that have it."""
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for cell in cells:
-        for row in cell["evaluation"]["rows"]:
-            own = found.setdefault(row["method"], {})
-            for figure, estimate in row[kind].items():
-                own.setdefault(figure, []).append(estimate)
-    return {m: {figure: _mean(all_) for figure, all_ in own.items()} for m, own in found.items()}
-
-
-def _seeds(cells: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """Method -> seeds of the cells that have it."""
-    found: dict[str, list[int]] = {}
-    for cell in cells:
-        for row in cell["evaluation"]["rows"]:
-            found.setdefault(row["method"], []).append(cell["seed"])
-    return found
-
-
-def _named(method: str, seeds: dict[str, list[int]]) -> str:
+def _named(row: dict[str, Any], ours: dict[str, Any]) -> str:
     """A method, with its seeds where others have more."""
-    own = seeds[method]
-    return method if own == seeds[OURS] else f"{method} (seed {', '.join(map(str, own))})"
-
-
-def _mean(estimates: list[dict[str, float]]) -> Estimate:
-    return Estimate(*(float(np.mean([e[end] for e in estimates])) for end in ("value", "low", "high")))
-
-
-def _methods(rows: dict[str, dict[str, Estimate]], names: Sequence[str], sign: str) -> str:
-    body = [[method, *(_show(own.get(name), sign) for name in names)] for method, own in rows.items()]
-    return _table(["method", *names], body)
+    alike = row["seeds"] == ours["seeds"]
+    return row["method"] if alike else f"{row['method']} (seed {', '.join(map(str, row['seeds']))})"
 
 
 def _show(figure: Estimate | None, sign: str = "") -> str:

@@ -1,8 +1,9 @@
 """`make tables`: train and judge negrec on every data set with every seed (DESIGN section 8).
 
 A cell is one data set with one seed, worked out by the commands of the README in a warehouse of its own. A
-finished cell is a file in `train/results` and is not worked out again; one that was interrupted or failed
-goes on with the command that it had come to. In the end `train/RESULTS.md` is made from all cells there are.
+finished cell is a file in `warehouse/tables` and is not worked out again; one that was interrupted or failed
+goes on with the command that it had come to. In the end the cells of each data set become a file in
+`train/results`, and `train/RESULTS.md` is made from all of those.
 
 With `--sequential` the first seed of each public data set is judged beside RecBole's models, too, minutes
 to an hour for each; a cell that was finished without them is worked out again.
@@ -23,6 +24,7 @@ from typing import Any
 
 from negrec_core import __version__
 from train.report import write_report
+from train.summary import summarise
 
 log = logging.getLogger("negrec.tables")
 
@@ -42,7 +44,7 @@ class Dataset:
         title: in the report.
         config: overlays.
         steps: arguments of `negrec` after the global options; {data}, {seed} and {work} are filled in.
-        result: what the last step writes, under {work}.
+        result: what the last step writes, under {work}, with the draws beside it.
     """
 
     name: str
@@ -95,23 +97,21 @@ _FULL = tuple(dataset.name for dataset in DATASETS if dataset.name != "small-dem
 _QUICK = ("movielens", "small-demo")
 
 
-def run_cell(
-    dataset: Dataset, seed: int, data: Path, work: Path, results: Path, recbole: Path | None = None
-) -> bool:
+def run_cell(dataset: Dataset, seed: int, data: Path, cells: Path, recbole: Path | None = None) -> bool:
     """Work out one cell, unless it is finished; a failure is kept with its last line of error.
 
     Args:
         dataset: what to run.
         seed: of the models, the demo world and the evaluation.
         data: folder of the public data sets.
-        work: folder of this cell's warehouse; removed when the cell is finished.
-        results: folder of the cells.
+        cells: folder of the cells; their warehouses lie there, too, until they are finished.
         recbole: Python of RecBole's environment, whose models are then judged, too.
 
     Returns:
         Whether it is finished.
     """
-    path = results / f"{dataset.name}-{seed}.json"
+    work = cells / f"{dataset.name}-{seed}"
+    path = work.with_name(f"{work.name}.json")
     *before, last = dataset.steps
     if recbole:
         last += BESIDE
@@ -143,7 +143,9 @@ def run_cell(
             break
         _write(done_file, done)
     else:
-        cell["evaluation"] = json.loads((work / dataset.result).read_text(encoding="utf-8"))
+        result = work / dataset.result
+        cell["evaluation"] = json.loads(result.read_text(encoding="utf-8"))
+        result.with_suffix(".parquet").replace(path.with_suffix(".parquet"))
     _write(path, cell)
     if cell["error"] is None:
         shutil.rmtree(work)
@@ -184,16 +186,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = Path(os.environ.get("NEGREC_DATA", _REPO.parent / "shared" / "data")).absolute()
     names = given.only or (_QUICK if given.quick else _FULL)
     seeds = given.seed or (SEEDS[:1] if given.quick else SEEDS)
-    results = _HERE / "results"
+    cells, results = _REPO / "warehouse" / "tables", _HERE / "results"
     # All data sets with one seed first: an early look at everything.
     asked = [(d, seed) for seed in seeds for d in DATASETS if d.name in names and not given.report]
     recbole = given.sequential and given.sequential.absolute()
     finished = []
     for d, seed in asked:
-        work = _REPO / "warehouse" / "tables" / f"{d.name}-{seed}"
         # The demo judges itself.
         beside = recbole if seed == SEEDS[0] and d.steps[-1].startswith("evaluate") else None
-        finished.append(run_cell(d, seed, data, work, results, beside))
+        finished.append(run_cell(d, seed, data, cells, beside))
+    for d in DATASETS:
+        if own := sorted(cells.glob(f"{d.name}-*.json")):
+            summarise(own, results / f"{d.name}.json")
     write_report(results, [dataset.name for dataset in DATASETS], _HERE / "RESULTS.md")
     if not all(finished):
         sys.exit(f"{finished.count(False)} of {len(finished)} cells failed: see {_HERE / 'RESULTS.md'}")

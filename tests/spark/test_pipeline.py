@@ -1,6 +1,7 @@
 """The whole pipeline on a small world: from a log to a published list, and all that may go wrong."""
 
 import datetime as dt
+import json
 import multiprocessing as mp
 import os
 import random
@@ -10,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pyspark
 import pytest
 from disks import SmallDisk
@@ -52,6 +54,7 @@ from negrec_core.errors import (
 )
 from negrec_core.generator import CODEBOOK, GENERATOR, newest, open_generator
 from negrec_core.mapping import load_mapping
+from negrec_core.metrics import Estimate
 from negrec_core.progress import silent
 from negrec_core.resources import resource
 from negrec_core.schemas import TABLES
@@ -524,7 +527,13 @@ def test_commands_show_the_site(site: Site, monkeypatch: pytest.MonkeyPatch, tmp
     assert "nothing to do" in shown("run", "--ds", DS)
     out = tmp_path / "figures.json"
     assert "negrec minus" in shown("evaluate", "--ds", DS, "--out", str(out))
-    assert '"illegal": 0' in out.read_text()
+    found = json.loads(out.read_text())
+    assert found["illegal"] == 0
+    rows = pq.read_table(out.with_suffix(".parquet")).to_pylist()
+    draws = {(row["method"], row["figure"]): row["draws"] for row in rows}
+    assert draws.keys() == {(row["method"], figure) for row in found["rows"] for figure in row["figures"]}
+    of_ours = found["rows"][0]["figures"]["blocked at 5 %"]
+    assert asdict(Estimate.of(np.array(draws["negrec", "blocked at 5 %"]))) == pytest.approx(of_ours)
 
 
 def test_errors_before_the_site_was_complete(site: Site, errors_on_the_way: dict[str, NegrecError]) -> None:

@@ -108,7 +108,7 @@ def test_what_is_disliked_most_is_judged_like_anything_else(store, grid):
     # Sixteen IDs are legal, and all but the user's own two are in the set.
     assert found.error == ""
     assert found.figures["FHR@20"][0] == found.figures["HR@20"][0] == 1.0
-    assert len(found.figures["FHR@20"]) == 201
+    assert len(found.figures["FHR@20"]) == 1001
 
 
 def test_models_of_titles_learn_from_the_same_dislikes_and_score_candidates_alone(store, grid):

@@ -53,16 +53,16 @@ def test_coverage_by_hand():
         [("b8", "a5", 0.5, 1), ("c2", "d5", 0.1, 2), ("c2", "e5", 0.1, 3), ("a8", "e6", 1.0, 1)],
         columns=NO_GRAPH.columns,
     )
-    found = coverage(past, future, CATEGORY, graph, 2, seed=1)
+    found = coverage(past, future, CATEGORY, graph, 2)
     assert list(found["top-1"]) == ["next", "horizon", "horizon + Swing"]
     # u mainly dislikes a, b, c and d, v only d: u's next dislike is of c, then of b; Swing adds a and d.
     assert values(found, "top-1") == pytest.approx([(0 + 1) / 2, (0 + 1) / 2, (1 + 1) / 2])
     assert values(found, "top-4") == pytest.approx([(1 / 4 + 1) / 2, (2 / 4 + 1) / 2, 1])
-    without = coverage(past, future, CATEGORY, NO_GRAPH, 2, seed=1)
+    without = coverage(past, future, CATEGORY, NO_GRAPH, 2)
     assert values(without, "top-4")[1:] == pytest.approx([(2 / 4 + 1) / 2] * 2)
 
 
 def test_a_catalogue_without_categories_has_no_coverage():
     rows = frame(("u", "a1", 0, -1))
-    found = coverage(rows, rows, pd.Series(dtype=object), NO_GRAPH, 2, seed=1)
+    found = coverage(rows, rows, pd.Series(dtype=object), NO_GRAPH, 2)
     assert all(figure.value != figure.value for figures in found.values() for figure in figures.values())

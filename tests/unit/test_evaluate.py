@@ -257,6 +257,18 @@ def test_evaluation_of_a_list_that_is_right(tmp_path):
     assert again.rows == found.rows
 
 
+def test_two_seeds_are_judged_on_the_same_resamples(tmp_path):
+    """So that the mean over seeds in each of them has an interval."""
+    users = [f"u{n}" for n in range(20)]
+    store, past = published(tmp_path, {user: ["i3"] for user in users})
+    dislikes = [event(user, "i3", at(1)) for user in users]
+    log(store, [*past, *dislikes, *(event(user, "i7", at(2), 1) for user in users[::3])])
+    one, other = (evaluate(tmp_path, CONFIG, DS, seed=seed).draws for seed in (1, 2))
+    for name, draws in one["item rate"].items():
+        np.testing.assert_array_equal(draws, other["item rate"][name], name)
+    assert (one["random"]["AUC"] != other["random"]["AUC"]).any()
+
+
 def test_methods_without_sets_have_no_figures_of_sets(tmp_path):
     store, past = published(tmp_path, {"u": ["i3"]})
     log(store, [*past, event("u", "i3", at(1)), event("u", "i7", at(1), 1)])

@@ -16,7 +16,7 @@ from train.baselines import judged
 from train.candidates import chosen, draw_candidates
 from train.evaluate import hit_table, load_shown, predicted_draws, split_feedback, within_user_draws
 
-# The users drawn, the candidates and the resamples are the same for all cells of a data set.
+# The users drawn and the candidates are the same for all cells of a data set.
 JUDGE_SEED = 7
 
 
@@ -60,12 +60,11 @@ def draws_of(
     scores: dict[str, Callable[[pd.DataFrame], np.ndarray]],
 ) -> dict[str, list[float]]:
     """Figures with their resamples; those of scores by the name of the score."""
-    found = predicted_draws(hit_table(judged.past, judged.future, sets, leaf_of_item), JUDGE_SEED)
+    found = predicted_draws(hit_table(judged.past, judged.future, sets, leaf_of_item))
     columns = ["user_id", "item_id"]
     pairs = pd.concat([judged.exposures[columns], judged.candidates[columns]], ignore_index=True)
     for name, score in scores.items():
         of_exposures, of_candidates = np.split(score(pairs), [len(judged.exposures)])
-        accuracy = chosen(judged.candidates, of_candidates)
-        found[f"candidate accuracy, {name}"] = mean_over_users(accuracy, JUDGE_SEED)
-        found[f"AUC within user, {name}"] = within_user_draws(of_exposures, judged.exposures, JUDGE_SEED)
+        found[f"candidate accuracy, {name}"] = mean_over_users(chosen(judged.candidates, of_candidates))
+        found[f"AUC within user, {name}"] = within_user_draws(of_exposures, judged.exposures)
     return {name: np.round(draws, 5).tolist() for name, draws in found.items()}

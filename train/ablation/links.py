@@ -141,6 +141,5 @@ def _figures_of_titles(grid: Grid, link: Link) -> dict[str, list[float]]:
     model = TitleModel(task, first_student(task), cast("Kind", link.settings[0]))
     with tempfile.TemporaryDirectory() as work:
         model.fit(Path(work), Budget())
-    accuracy = chosen(candidates, model.scores(candidates))
-    draws = mean_over_users(accuracy, JUDGE_SEED)
+    draws = mean_over_users(chosen(candidates, model.scores(candidates)))
     return {"candidate accuracy, generation": np.round(draws, 5).tolist()}

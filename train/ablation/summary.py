@@ -2,23 +2,20 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from negrec_core.metrics import Estimate
 from train.ablation.variants import VARIANTS
+from train.summary import over_seeds
 from train.tables import DATASETS
 
 
 def summarise(folder: Path, out: Path) -> None:
     """Write one file per data set and preset from the cells in a folder: rows in the order of `VARIANTS`.
 
-    A figure is a mean over seeds; its interval is over users, from the mean of the seeds on each resample,
-    and so is that of the difference to the row above, over the seeds that both have. `spread` is the
-    standard deviation over seeds.
+    Figures are those of `train.summary`; a difference is to the row above, over the seeds that both have.
     """
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     for dataset, preset in sorted({(cell["dataset"], cell["preset"]) for cell in cells}):
@@ -50,12 +47,15 @@ def _summary(own: list[dict[str, Any]], all_: dict[str, list[dict[str, Any]]]) -
         **{name: first[name] for name in ("variant", "title", "above", "users")},
         "seeds": sorted(judged),
         "figures": {
-            figure: _estimate([cell["figures"][figure] for cell in judged.values()])
+            figure: over_seeds([np.array(cell["figures"][figure]) for cell in judged.values()])
             for figure in some["figures"]
         },
         "difference": {
-            figure: _estimate(
-                [_less(judged[s]["figures"][figure], above[s]["figures"][figure]) for s in both]
+            figure: over_seeds(
+                [
+                    np.subtract(judged[seed]["figures"][figure], above[seed]["figures"][figure])
+                    for seed in both
+                ]
             )
             for figure in some["figures"]
             if both and figure in above[both[0]]["figures"]
@@ -76,17 +76,5 @@ def _summary(own: list[dict[str, Any]], all_: dict[str, list[dict[str, Any]]]) -
     }
 
 
-def _less(draws: list[float], others: list[float]) -> list[float]:
-    return [a - b for a, b in zip(draws, others, strict=True)]
-
-
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 5)
-
-
-def _estimate(draws: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Mean over seeds with its interval over users, and the spread over seeds."""
-    found = np.array(draws, float)
-    estimate = Estimate.of(found.mean(0))
-    spread = float(found[:, 0].std(ddof=1)) if len(found) > 1 else float("nan")
-    return {name: round(value, 5) for name, value in (asdict(estimate) | {"spread": spread}).items()}
