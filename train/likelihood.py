@@ -87,9 +87,15 @@ class ConstrainedTrainer(SafeCheckpoints, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        # Logits of a large vocabulary take most of the memory, so none of what comes before all labels.
+        labelled = (inputs["labels"] != IGNORED).any(0).nonzero()
+        kept = inputs["labels"].shape[1] - max(int(labelled[0]) - 1, 0)
+        last = {name: inputs[name][:, -kept:] for name in ("labels", "weights")}
         # The trainer's own hook for a loss runs the model twice, for figures that are not used here.
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        loss = self.total_loss(outputs.logits, inputs) / inputs["weights"].sum()
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=kept
+        )
+        loss = self.total_loss(outputs.logits, {**inputs, **last}) / inputs["weights"].sum()
         if num_items_in_batch is not None:
             # Then the trainer leaves the mean over accumulated batches to the loss.
             loss = loss / self.current_gradient_accumulation_steps

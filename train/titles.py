@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from negrec_core.beam import batches
 from negrec_core.config import read_yaml
 from negrec_core.errors import InputError
 from negrec_core.items import load_items
@@ -37,7 +36,6 @@ Kind = Literal["tallrec", "instructrec"]
 # Of each polarity in a prompt, the newest.
 _TITLES_TOLD = 10
 _RANK = 16
-_TOKENS_AT_ONCE = 16_384
 
 
 class _Text(BaseModel):
@@ -65,8 +63,8 @@ class Budget:
 
     epochs: int = 3
     max_steps: int = -1
-    batch_size: int = 32
-    learning_rate: float = 3e-4
+    batch_size: int = 8
+    learning_rate: float = 2e-4
 
 
 class TitleModel:
@@ -81,8 +79,8 @@ class TitleModel:
         self._text = _Text.model_validate(read_yaml(resource("conf", "prompts", "titles.yaml")))
         self._task, self._student, self._kind = task, student, kind
 
-    def fit(self, work: Path, budget: Budget) -> None:
-        """Train an adapter and merge it.
+    def fit(self, work: Path, budget: Budget) -> dict[str, Any]:
+        """Train an adapter and merge it; the figures of `fine_tune`.
 
         Raises:
             InputError: no sample has a title.
@@ -104,6 +102,7 @@ class TitleModel:
         )
         adapted: Any = outcome.model
         self._model = adapted.merge_and_unload().eval()
+        return outcome.metrics
 
     @torch.inference_mode()
     def scores(self, pairs: pd.DataFrame) -> np.ndarray:
@@ -113,15 +112,14 @@ class TitleModel:
         past = {row["user_id"]: self._past(row) for row in contexts.to_pylist()}
         nothing = self._past({"negatives": [], "positives": []})
         asked = np.flatnonzero(pairs["item_id"].isin(self._titles.keys()))
-        written: list[tuple[list[int], list[int]]] = []
-        for user, item in pairs.iloc[asked][["user_id", "item_id"]].itertuples(index=False):
-            written += self._ask(past.get(user, nothing), item)
-        found = np.empty(len(written))
-        for rows in batches([len(prompt) + len(answer) for prompt, answer in written], _TOKENS_AT_ONCE):
-            found[rows] = self._mean_log_probs([written[row] for row in rows])
         out = np.full(len(pairs), -np.inf)
-        each = found.reshape(len(asked), -1)
-        out[asked] = each[:, 0] - each[:, 1] if self._kind == "tallrec" else each[:, 0]
+        of_user = pairs.iloc[asked].groupby("user_id", sort=False).indices
+        for n, (user, rows) in enumerate(of_user.items(), 1):
+            told, items = past.get(str(user), nothing), pairs["item_id"].iloc[asked[rows]]
+            found = self._mean_log_probs([answer for item in items for answer in self._ask(told, item)])
+            each = found.reshape(len(rows), -1)
+            out[asked[rows]] = each[:, 0] - each[:, 1] if self._kind == "tallrec" else each[:, 0]
+            task.progress(n, len(of_user))
         return out
 
     def _samples(self) -> list[dict[str, Any]]:
@@ -169,10 +167,22 @@ class TitleModel:
         return padded([_written(row["prompt"], row["answer"]) for row in samples], self._student.prompt.pad)
 
     def _mean_log_probs(self, rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
-        batch = padded([_written(*row) for row in rows], self._student.prompt.pad)
+        """Of answers to prompts of one user: what they have in common, nearly all, is read once."""
+        prompts = [prompt for prompt, _ in rows]
+        # After its last token a prompt is answered, so that one is read with the answer.
+        differs = (n for n, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
+        shared = next(differs, min(map(len, prompts)) - 1)
         device = self._model.device
+        first = torch.tensor([prompts[0][:shared]], device=device)
+        read = self._model(input_ids=first, use_cache=True).past_key_values
+        read.batch_repeat_interleave(len(rows))
+        batch = padded(
+            [_written(prompt[shared:], answer) for prompt, answer in rows], self._student.prompt.pad
+        )
         logits = self._model(
-            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=F.pad(batch["attention_mask"], (shared, 0), value=1).to(device),
+            past_key_values=read,
         ).logits[:, :-1]
         labels = batch["labels"][:, 1:].to(device)
         losses = F.cross_entropy(

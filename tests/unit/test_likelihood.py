@@ -1,6 +1,9 @@
 """The training likelihood is the one that beam search ranks by."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from negrec_core.beam import SidVocabulary
 from negrec_core.beam.torch_engine import TorchBeamEngine
 from negrec_core.trie import Trie
-from train.likelihood import IGNORED, constrained_nll
+from train.likelihood import IGNORED, ConstrainedTrainer, constrained_nll
 
 COUNTS = (3, 4, 2)
 VOCABULARY = SidVocabulary((5, 8, 12), COUNTS)
@@ -95,3 +98,27 @@ def test_a_gradient_reaches_legal_codes_only():
     # An only child is certain: there is nothing to learn.
     assert not logits.grad[0, 1].any()
     assert not logits.grad[0, 2].any()
+
+
+def test_the_trainer_asks_for_no_logits_before_all_labels():
+    """A prompt of hundreds of tokens has no loss, and a large vocabulary's logits of it fill the memory."""
+    trie = Trie.build(np.array([[0, 1, 0], [1, 2, 1]]), COUNTS)
+    labels = torch.full((2, 12), IGNORED)
+    labels[0, 7:10] = torch.tensor([5, 9, 12])
+    labels[1, 9:12] = torch.tensor([6, 10, 13])
+    weights = torch.rand(2, 12) * (labels != IGNORED)
+    logits = torch.randn(2, 12, 16)
+    asked = []
+
+    def model(input_ids, attention_mask, logits_to_keep):
+        asked.append(logits_to_keep)
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+    trainer = object.__new__(ConstrainedTrainer)
+    trainer._trie, trainer._sid_vocabulary = trie, VOCABULARY
+    inputs = {"input_ids": labels, "attention_mask": labels, "labels": labels, "weights": weights}
+    found = trainer.compute_loss(model, inputs)
+    expected = constrained_nll(logits, labels, weights, trie, VOCABULARY) / weights.sum()
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    # The first label is read from the token before it.
+    assert asked == [6]

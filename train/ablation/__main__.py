@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="of all variants")
     parser.add_argument("--users", type=int, default=0, help="judge a sample of so many users")
+    parser.add_argument("--title-updates", type=int, default=-1, help="most of title-based models")
     parser.add_argument("--jobs", type=int, default=1, help="processes, all on one GPU if there is one")
     parser.add_argument("--minutes", type=float, default=0, help="stop then; what is finished is kept")
     parser.add_argument("--report", action="store_true", help="only put the cells into train/RESULTS.md")
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in {dataset.name for dataset in DATASETS} or not path:
             parser.error(f"--data {pair}: give NAME=WAREHOUSE, NAME one of {[d.name for d in DATASETS]}")
         warehouses[name] = Path(path).absolute()
-    grid = Grid(given.work.absolute(), given.preset, tuple(given.set), given.users)
+    grid = Grid(given.work.absolute(), given.preset, tuple(given.set), given.users, given.title_updates)
     wanted = cells(grid, warehouses, given.variant, given.grpo_rate, given.seed or SEEDS, given.without)
     if given.report:
         summarise(grid.work / "cells", _HERE / "results" / "ablation")

@@ -23,12 +23,14 @@ class Grid:
         preset: of conf/models.
         settings: a.b=value, on top of the data set's overlays.
         users: most judged users; 0: all.
+        title_updates: most updates of title-based models; -1: three epochs.
     """
 
     work: Path
     preset: str
     settings: tuple[str, ...]
     users: int
+    title_updates: int = -1
 
     def config(self, dataset: str, settings: Sequence[str] = ()) -> Config:
         """The configuration of a data set with settings on top."""

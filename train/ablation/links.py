@@ -53,8 +53,9 @@ def run_link(grid: Grid, link: Link, before: Trained | None, judged: bool) -> Tr
 def _run_link(grid: Grid, link: Link, before: Trained | None, judged: bool) -> Trained:
     begin = time.monotonic()
     if not link.steps:
-        judge = _figures_of_titles if link.settings[0] in TITLES else _figures_of_times_disliked
-        figures = judge(grid, link)
+        if link.settings[0] in TITLES:
+            return _trained_on_titles(grid, link)
+        figures = _figures_of_times_disliked(grid, link)
         return Trained("", [], figures, round(time.monotonic() - begin, 1))
     task = _task(grid, link)
     models = grid.work / link.dataset
@@ -135,11 +136,15 @@ def _figures_of_times_disliked(grid: Grid, link: Link) -> dict[str, list[float]]
     return draws_of(judged, method.sets, leaf_of_item, {"generation": method.score})
 
 
-def _figures_of_titles(grid: Grid, link: Link) -> dict[str, list[float]]:
+def _trained_on_titles(grid: Grid, link: Link) -> Trained:
+    begin = time.monotonic()
     task = _task(grid, replace(link, settings=(), steps=(WARM_UP,)))
     candidates = judged_of(grid, link.dataset, link.warehouse).candidates
     model = TitleModel(task, first_student(task), cast("Kind", link.settings[0]))
     with tempfile.TemporaryDirectory() as work:
-        model.fit(Path(work), Budget())
+        measured = model.fit(Path(work), Budget(max_steps=grid.title_updates))
+    measured = {"step": link.settings[0], **measured, "seconds": round(time.monotonic() - begin, 1)}
+    begin = time.monotonic()
     draws = mean_over_users(chosen(candidates, model.scores(candidates)))
-    return {"candidate accuracy, generation": np.round(draws, 5).tolist()}
+    figures = {"candidate accuracy, generation": np.round(draws, 5).tolist()}
+    return Trained("", [measured], figures, round(time.monotonic() - begin, 1))
