@@ -43,15 +43,15 @@ Made by `python -m train.ablation`. Each row is a generator alone, without the b
 choosing its set anew among what is disliked most: the first 20 IDs of its beam search, the candidate
 accuracy by its likelihood of the candidates (generation) and by the cosine to the nearest of the 20
 (similarity), and the within-user AUC of both. Differences are to the row named, with intervals and ± as
-above, of 200 resamples. All rows of a data set have the same vocabulary, starting weights per seed, samples
-and settings but for what the row says. TIGER's task is next-item generation from scratch over semantic IDs;
-here it is a decoder that also learns from each event of the past, knows likes from dislikes, and has a
-likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back. P5-CID's IDs come from
-who reacted to what; items alike share one there (KuaiRand: 13 % of the items, up to 39 in an ID), which is
-hit more easily, while IDs from text are one for each item. TALLRec's and InstructRec's models read titles
-and have a score of candidates only, their likelihood of a yes or of the title; for times disliked it is the
-count. `@` is GRPO's learning rate. Alignment: share of held-out questions answered with the rejected item
-of four, after each step.
+above, with `tiny` of 200 resamples. All rows of a data set have the same vocabulary, starting weights per
+seed, samples and settings but for what the row says. TIGER's task is next-item generation from scratch over
+semantic IDs; here it is a decoder that also learns from each event of the past, knows likes from dislikes,
+and has a likelihood over legal IDs alone. LC-Rec's tasks add semantic ID to title and back. P5-CID's IDs
+come from who reacted to what; items alike share one there (KuaiRand: 13 % of the items, up to 39 in an ID),
+which is hit more easily, while IDs from text are one for each item. TALLRec's and InstructRec's models read
+titles and have a score of candidates only, their likelihood of a yes or of the title, after updates of 8
+samples each; for times disliked it is the count. `@` is GRPO's learning rate. Alignment: share of held-out
+questions answered with the rejected item of four, after each step.
 """
 _HITS = ("HR@20", "FHR@20", "LUF@20", "LIF@20")
 _SCORED = tuple(
@@ -169,8 +169,9 @@ def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
     seeds: list[int] = max((row["seeds"] for row in rows), key=len)
     users = next(iter(judged.values()))["users"]
     sample = f"; {users:,} judged users drawn at random" if users else ""
-    how = _how(found["generator"])
-    about = f"### {found['title']}, {found['preset']}\n\nSeeds {', '.join(map(str, seeds))}{sample}. {how}\n"
+    made = {step["step"] for row in rows for step in row["steps"]}
+    how = _how(found["generator"], made)
+    about = f"### {found['title']}, {found['preset']}\n\nSeeds {', '.join(map(str, seeds))}{sample}.{how}\n"
     lines = [about]
     for names in (_HITS, _SCORED):
         body = [
@@ -214,17 +215,20 @@ def _ablation(found: dict[str, Any], plot: Path, link: Path) -> str:
     return "\n".join(lines)
 
 
-def _how(settings: dict[str, Any]) -> str:
-    """The budget of each step."""
+def _how(settings: dict[str, Any], steps: set[str]) -> str:
+    """The budget of each of the generator's steps that was made."""
     parts = []
     for name in ("translation", "alignment", "warm_up"):
+        if name not in steps:
+            continue
         own = settings[name]
         most = f"{own['max_steps']} updates" if own["max_steps"] > 0 else f"{own['epochs']:g} epochs"
         parts.append(f"{name} {most} of {own['batch_size']} at {own['learning_rate']:g}")
-    grpo = settings["grpo"]
-    stages = " + ".join(f"{stage['steps']} ({stage['context']})" for stage in grpo["stages"])
-    parts.append(f"GRPO {stages} updates of {grpo['prompts']} prompts, {grpo['group_size']} IDs each")
-    return f"Budget: {'; '.join(parts)}."
+    if "grpo" in steps:
+        grpo = settings["grpo"]
+        stages = " + ".join(f"{stage['steps']} ({stage['context']})" for stage in grpo["stages"])
+        parts.append(f"GRPO {stages} updates of {grpo['prompts']} prompts, {grpo['group_size']} IDs each")
+    return f" Budget: {'; '.join(parts)}." if parts else ""
 
 
 def _of(figure: dict[str, float]) -> Estimate:
