@@ -309,7 +309,6 @@ def test_coverage_is_that_of_evaluation(base: Site) -> None:
             category,
             graph[graph["user"] == user].drop_duplicates(["item_id", "neighbor_id"]),
             1,
-            seed=0,
         )
         for user in users
     ]

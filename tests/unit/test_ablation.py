@@ -283,8 +283,8 @@ def test_the_report_says_what_a_later_step_forgets_and_plots_the_hits(tmp_path):
         "figures": {n: {"value": 0.2, "low": 0.1, "high": 0.3, "spread": float("nan")} for n in names},
         "difference": {},
         "steps": [
-            step("warm_up", 0.25),
-            step("alignment", 0.8),
+            step("warm_up", 0.25, steps=330.0),
+            step("alignment", 0.8, steps=9.0),
             step("grpo", 0.6, reward_first=0.1, reward_last=0.4),
         ],
         "judging_seconds": 1.0,
@@ -298,7 +298,8 @@ def test_the_report_says_what_a_later_step_forgets_and_plots_the_hits(tmp_path):
     (folder / "movielens-tiny.json").write_text(json.dumps(found))
     write_report(tmp_path / "results", [], tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
-    measured = "warm_up 0.250, alignment 0.800, grpo 0.600 | 25.0% | 0.100 to 0.400 | 180"
+    measured = "warm_up 0.250, alignment 0.800, grpo 0.600 | 25.0% | 0.100 to 0.400"
+    measured += " | warm_up 330, alignment 9 | 180"
     assert f"| then progressive GRPO | {measured} |" in text
     assert "100 judged users drawn at random" in text
     assert "alignment 9 updates of 64 at 0.001; warm_up 3 epochs of 64 at 0.001; GRPO 50 (recent_neg" in text
