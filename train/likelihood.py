@@ -87,7 +87,7 @@ class ConstrainedTrainer(SafeCheckpoints, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        # Logits of a large vocabulary take most of the memory, so none of what comes before all labels.
+        # Logits over a large vocabulary cost time and memory, so none of what comes before all labels.
         labelled = (inputs["labels"] != IGNORED).any(0).nonzero()
         kept = inputs["labels"].shape[1] - max(int(labelled[0]) - 1, 0)
         last = {name: inputs[name][:, -kept:] for name in ("labels", "weights")}

@@ -145,7 +145,8 @@ def run_cell(dataset: Dataset, seed: int, data: Path, cells: Path, recbole: Path
     else:
         result = work / dataset.result
         cell["evaluation"] = json.loads(result.read_text(encoding="utf-8"))
-        result.with_suffix(".parquet").replace(path.with_suffix(".parquet"))
+        # A copy, so that whoever is killed before the cell is written finds it here again.
+        shutil.copyfile(result.with_suffix(".parquet"), path.with_suffix(".parquet"))
     _write(path, cell)
     if cell["error"] is None:
         shutil.rmtree(work)

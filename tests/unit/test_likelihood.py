@@ -101,7 +101,7 @@ def test_a_gradient_reaches_legal_codes_only():
 
 
 def test_the_trainer_asks_for_no_logits_before_all_labels():
-    """A prompt of hundreds of tokens has no loss, and a large vocabulary's logits of it fill the memory."""
+    """A prompt of hundreds of tokens has no loss, and logits of it over a large vocabulary are costly."""
     trie = Trie.build(np.array([[0, 1, 0], [1, 2, 1]]), COUNTS)
     labels = torch.full((2, 12), IGNORED)
     labels[0, 7:10] = torch.tensor([5, 9, 12])

@@ -143,6 +143,25 @@ def test_an_interrupted_cell_goes_on_from_there(tmp_path, negrec, monkeypatch):
     assert [words[0] for words in negrec.asked] == ["import", "train", "evaluate"]
 
 
+def test_a_cell_that_was_killed_before_it_was_written_is_written_by_the_next_run(
+    tmp_path, negrec, monkeypatch
+):
+    writing = tables._write
+
+    def killed(path, content):
+        if "evaluation" in content:
+            raise KeyboardInterrupt
+        writing(path, content)
+
+    monkeypatch.setattr(tables, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(tables, "_write", writing)
+    assert run(tmp_path)
+    assert len(negrec.asked) == 3
+    assert any(line.startswith("| negrec | 0.300") for line in report(tmp_path))
+
+
 def test_the_report_gives_means_over_seeds_and_the_best_other_method(tmp_path, negrec):
     for seed, ours in ((7, 0.3), (8, 0.5)):
         negrec.finds = evaluation(ours)
